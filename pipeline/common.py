@@ -1,0 +1,157 @@
+"""What every stage shares: its arguments, the validated parameters, threads, the recorder, and one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from casemate.params import Params
+
+ROOT = Path(__file__).resolve().parent.parent
+STATE = Path(".casemate")
+"""Git-ignored: checkpoints, the ledger, the MLflow store."""
+
+Run = Callable[["Params", argparse.Namespace], None]
+
+
+def stage(run: Run, *, doc: str | None, arguments: dict[str, str] | None = None) -> None:
+    """The `main` of a stage: `python -m pipeline.<name> [--params FILE] [--<argument> VALUE]`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (params.yaml)")
+    for name, text in (arguments or {}).items():
+        parser.add_argument(f"--{name}", required=True, help=text)
+    options = parser.parse_args()
+    die_with_parent()
+    with one_line_errors():
+        from casemate.params import load_params
+
+        params = load_params(options.params)
+        set_threads(params.threads)
+        run(params, options)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A user's mistake, a full disk or Ctrl-C end the stage with one line; a bug keeps its traceback."""
+    from casemate.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        sys.exit(_fail(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; run the same command again to go on from the last checkpoint", 130))
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        sys.exit(
+            _fail(f"no space left on the disk that holds {error.filename or Path.cwd()}; free some and rerun", 2)
+        )
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process if the engine that started it is killed, so that no orphan goes on."""
+    if sys.platform != "linux" or os.environ.get("DVC_STAGE") is None:
+        return
+    import ctypes
+
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() == 1:  # the parent was gone before the call
+        sys.exit(_fail("the engine that started this stage is gone", 143))
+
+
+def set_threads(threads: int) -> None:
+    """Fix the CPU threads of this process before torch is imported; 0 means all cores it may use."""
+    os.environ["OMP_NUM_THREADS"] = str(threads or cores())
+    # Waiting threads sleep instead of spinning: the same speed on idle cores, and over ten times faster on busy ones.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_of(params: Params) -> str:
+    """`cpu` or `cuda`. Raises UserError if a GPU is asked for and absent."""
+    import torch
+
+    from casemate.errors import UserError
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if params.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("params.yaml: device is cuda and this machine has no usable GPU; set device: auto or cpu")
+    return "cuda" if params.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def row_of(params: Params, name: str, rows: Sequence[str], where: str) -> str:
+    """`name` if it is one of `rows`. Raises UserError with the near matches."""
+    from casemate.errors import UserError, near
+
+    if name not in rows:
+        raise UserError(f"no row {name!r} under {where} in params.yaml{near(name, rows)}")
+    return name
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(content)
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises UserError naming the stage that makes a missing file."""
+    from casemate.errors import UserError
+
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist yet; 'dvc repro' makes it") from None
+
+
+def md5(path: Path) -> str:
+    """The MD5 that dvc.lock records for a file: it leads from a DVC output to its run."""
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def attack_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr for the cells of an evaluation; silent where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda what, done, total: shown.update(task, description=what, completed=done, total=total)
+
+
+@contextmanager
+def recording(params: Params, stage_name: str, row: str | None = None) -> Iterator[Any]:
+    """The MLflow run of a stage, a child of the pipeline's run; a local fallback or nothing if it cannot be had."""
+    from casemate import tracking
+
+    with tracking.stage_run(params, stage_name, row, STATE / "mlflow") as recorder:
+        yield recorder

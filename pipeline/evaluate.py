@@ -1,0 +1,103 @@
+"""Stage evaluate: attack a trained system with every suite, judge the result, keep the selection of the ledger.
+
+python -m pipeline.evaluate --row at_pgd
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.common import STATE, attack_bar, device_of, read_json, recording, row_of, stage, write_json
+
+if TYPE_CHECKING:
+    from casemate.attacks.base import Attack
+    from casemate.params import Params
+    from casemate.system import System
+
+RAW = Path("data/raw")
+
+
+def run(params: Params, options: argparse.Namespace) -> None:
+    from casemate.data import load_dataset
+    from casemate.evaluation.images import EvaluationSet
+    from casemate.evaluation.ledger import Ledger
+    from casemate.evaluation.suite import evaluate_row
+    from casemate.threat import ThreatModel
+    from casemate.tracking import evaluation_metrics
+    from casemate.training.artifact import load_system
+
+    row = row_of(params, options.row, params.evaluate.models, "evaluate.models")
+    device = device_of(params)
+    trained, out = params.models_dir / "trained", params.models_dir / "evaluated" / row
+    data = EvaluationSet(load_dataset(params.dataset, RAW).test, device)
+    source = load_system(trained / params.evaluate.source, device=device) if params.evaluate.source else None
+    card = read_json(trained / row / "card.json")
+    with recording(params, "evaluate", row) as recorder, attack_bar() as progress:
+        done = evaluate_row(
+            about(params, row, card), candidates(params, row, device), data,
+            ThreatModel(params.threat.norm, params.threat.radius), params.evaluate,
+            Ledger(STATE / "ledger", params.evaluate.chunk), seed=params.seed, source=source,
+            bind=binder(params, row, source), progress=progress,
+        )  # fmt: skip
+        out.mkdir(parents=True, exist_ok=True)
+        done.save(out)
+        write_json(params.reports_dir / "evaluate" / f"{row}.json", done.report)
+        recorder.params({"row": row, "method": card["defense"]["method"], "network": card["network"]["name"]})
+        recorder.metrics(evaluation_metrics(done.report))
+        recorder.output(out / "ledger.parquet")
+
+
+def about(params: Params, row: str, card: dict[str, Any]) -> Any:
+    from casemate.evaluation.suite import About
+
+    return About(
+        params.profile, row, card["defense"]["method"], params.dataset, card["network"]["name"],
+        card["classes"], card, params.budget,
+    )  # fmt: skip
+
+
+def candidates(params: Params, row: str, device: str) -> list[Any]:
+    """The row in every inference mode of its defense, the primary one first."""
+    from casemate.evaluation.suite import Candidate
+    from casemate.registry import resolve
+    from casemate.training.artifact import load_system
+
+    modes = resolve("defense", params.rows[row].method).inference_modes
+    folder = params.models_dir / "trained" / row
+    return [Candidate(load_system(folder, mode, device), mode, mode == modes[0]) for mode in modes]
+
+
+def binder(params: Params, row: str, source: System | None) -> Any:
+    """Binds transfer attacks to the source, and attacks that learn to the weights fitted to this row."""
+    from casemate.errors import UserError, near
+    from casemate.registry import resolve
+    from casemate.training.artifact import load_artifact
+
+    generators = params.finetune.generators
+
+    def bind(name: str, attack: Attack) -> Attack:
+        if attack.binds is None:
+            return attack
+        if attack.binds == "source":
+            if source is None:
+                raise UserError(f"attack {name!r} needs evaluate.source in params.yaml")
+            return attack.with_source(source)
+        if name not in generators:
+            raise UserError(
+                f"attack {name!r} is fitted by the finetune stage: give it the name of one of "
+                f"finetune.generators{near(name, generators)}"
+            )
+        weights, card = load_artifact(params.models_dir / "generators" / row / name)
+        fitted = resolve("learned_attack", card["attack"]["method"])(**card["attack"]["options"])
+        flat = {f"{module}.{key}": value for module, tensors in weights.items() for key, value in tensors.items()}
+        return attack.with_weights(
+            fitted, flat, input_shape=tuple(card["input_shape"]), num_classes=card["num_classes"]
+        )
+
+    return bind
+
+
+if __name__ == "__main__":
+    stage(run, doc=__doc__, arguments={"row": "a row of `evaluate.models` in params.yaml"})

@@ -1,0 +1,67 @@
+"""Stage finetune: fit the attacks that learn to one trained system, which stays frozen.
+
+python -m pipeline.finetune --row at_pgd
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from pipeline.common import STATE, device_of, recording, row_of, stage, write_json
+from pipeline.train import TrainingSet, task_of, training_data
+
+if TYPE_CHECKING:
+    from casemate.params import Generator, Params
+
+
+def run(params: Params, options: argparse.Namespace) -> None:
+    row = row_of(params, options.row, params.evaluate.models, "evaluate.models")
+    out = params.models_dir / "generators" / row
+    generators = params.finetune.generators
+    for stale in [p for p in out.glob("*") if p.name not in generators]:
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    if generators:
+        device = device_of(params)
+        data = training_data(params, device)
+        for name, generator in generators.items():
+            fit(params, row, name, generator, data, device)
+    write_json(out / "index.json", sorted(generators))
+
+
+def fit(params: Params, row: str, name: str, generator: Generator, data: TrainingSet, device: str) -> None:
+    """Fit one attack to the row's system and write its weights."""
+    from casemate.errors import UserError
+    from casemate.registry import code_hash, location, resolve
+    from casemate.system import TorchSystem
+    from casemate.training.artifact import load_system, save_artifact
+    from casemate.training.loop import train
+
+    victim = load_system(params.models_dir / "trained" / row, device=device)
+    if not isinstance(victim, TorchSystem):
+        raise UserError(f"finetune: {row} offers no gradients to fit {name} with; take it out of finetune.generators")
+    recipe = generator.recipe.scaled(params.budget)
+    method = resolve("learned_attack", generator.method)(**generator.options)
+    task = task_of(params, data, recipe, victim=victim.classifier, victim_system=victim)
+    code = code_hash(location("learned_attack", generator.method)[0])
+    card: dict[str, Any] = {
+        "attack": {"method": generator.method, "options": generator.options}, 
+        "victim": {"row": row, "hash": victim.hash()},
+        "recipe": recipe.as_dict(), "seed": params.seed, "budget": params.budget,
+        "input_shape": list(data.dataset.input_shape), "num_classes": len(data.dataset.classes),
+        "threat": params.threat.model_dump(), "code": {"method": code},
+    }  # fmt: skip
+    out = params.models_dir / "generators" / row / name
+    with recording(params, "finetune", f"{row}-{name}") as recorder:
+        recorder.params({"victim": row, "attack": name, "recipe": recipe.as_dict()})
+        train(
+            method, task, data.train, None, recipe, seed=params.seed, device=device,
+            checkpoints=STATE / "checkpoints", identity=card, recorder=recorder, progress=True,
+            save=lambda done: save_artifact(out, done.modules, {**card, "metrics": done.curves[-1]}),
+        )  # fmt: skip
+        recorder.output(out / "weights.safetensors")
+
+
+if __name__ == "__main__":
+    stage(run, doc=__doc__, arguments={"row": "a row of `evaluate.models` in params.yaml"})

@@ -1,0 +1,137 @@
+"""The attack contract. The base class is closed: it freezes the victim, enforces the budget, counts the passes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from casemate.errors import UserError
+from casemate.system import Offer, System, View
+from casemate.threat import Goal, ThreatModel
+
+if TYPE_CHECKING:
+    from casemate.attacks.learned import LearnedAttack
+    from casemate.networks.base import Shape
+
+
+@dataclass
+class Cost:
+    """Passes spent on each image: (N,) long tensors.
+
+    Forwards and backwards are those of the classifier, so a pass through a purified system counts for several. A
+    query is one call without a gradient, whatever the system does for it.
+    """
+
+    forwards: Tensor
+    backwards: Tensor
+    queries: Tensor
+
+    @classmethod
+    def zero(cls, n: int) -> Cost:
+        return cls(*(torch.zeros(n, dtype=torch.long) for _ in range(3)))
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """`x_adv` lies in the budget; `success` (N,) bool is the system's own decision on it; `prediction` (N,) long."""
+
+    x_adv: Tensor
+    success: Tensor
+    prediction: Tensor
+    cost: Cost
+
+
+class Attack(ABC):
+    """Base of every attack: a `@spec` class with its parameters as fields.
+
+    `attack(system, x, goal, threat, seed)` is all a caller needs; subclasses implement `run` and `passes`.
+
+    An attack that needs more than the victim says so in `binds` and is called through the attack that binding it
+    returns: `Transfer().with_source(system)` crafts on that system, `GAP().with_weights(...)` uses weights fitted to
+    this victim. What is bound takes part in `parameters()` by its hash.
+    """
+
+    needs: ClassVar[frozenset[Offer]] = frozenset({"gradient"})
+    binds: ClassVar[Literal["source", "weights"] | None] = None
+
+    @final
+    def __call__(
+        self,
+        system: System,
+        x: Tensor,
+        goal: Goal,
+        threat: ThreatModel,
+        seed: int = 0,
+        *,
+        view: str = "adaptive",
+        clean: Tensor | None = None,
+    ) -> AttackResult:
+        """Attack images `x` (N x C x H x W in [0, 1]).
+
+        Exactly one forward of the whole system is added to what the method costs: the verification of the
+        result, by `system.decide`. `clean` are the system's decisions (N,) on `x`, where the caller has them: an
+        image that is wrong from the start is then returned as it is. Raises UserError if the system does not offer
+        what the attack needs, or if something must be bound first.
+        """
+        if self.binds is not None:
+            raise UserError(f"attack {type(self).__name__} needs its {self.binds}: call with_{self.binds} first")
+        face, verification = self._face(system, view)
+        cost = Cost.zero(len(x))
+        with system.frozen():
+            x_adv = self.run(face, x.detach(), goal, threat, seed, cost).detach()
+            if clean is not None:
+                x_adv = torch.where(goal.reached(clean).view(-1, 1, 1, 1), x, x_adv)
+            inside = self.budget(threat).contains(x_adv, x)
+            if not bool(inside.all()):
+                at = int((~inside).nonzero()[0, 0])
+                raise AssertionError(f"{type(self).__name__} left its budget at image {at}")
+            prediction = system.decide(x_adv)
+        cost.forwards += verification[0]
+        cost.backwards += max(verification[1] - 1, 0)
+        return AttackResult(x_adv, goal.reached(prediction), prediction, cost)
+
+    @abstractmethod
+    def run(self, view: View, x: Tensor, goal: Goal, threat: ThreatModel, seed: int, cost: Cost) -> Tensor:
+        """The method: adversarial images inside the budget. Adds its passes to `cost`."""
+
+    def budget(self, threat: ThreatModel) -> Any:
+        """What `x_adv` must stay within: the threat model, unless the attack declares its own."""
+        return threat
+
+    def parameters(self) -> dict[str, Any]:
+        """Everything that identifies the attack, JSON-able: part of its hash in the ledger."""
+        from dataclasses import asdict
+
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    def passes(self, view: View, n: int) -> tuple[int, int, int]:
+        """An upper bound on what `run` adds to `Cost` (forwards, backwards, queries), summed over n images."""
+        raise NotImplementedError
+
+    def with_source(self, source: System) -> Attack:
+        """This attack with its examples crafted on `source`."""
+        raise UserError(f"attack {type(self).__name__} has no source system")
+
+    def with_weights(
+        self, fitted: LearnedAttack, weights: dict[str, Tensor], *, input_shape: Shape, num_classes: int
+    ) -> Attack:
+        """This attack with the weights of `fitted`, by "module.parameter" names."""
+        raise UserError(f"attack {type(self).__name__} has no weights")
+
+    def _face(self, system: System, view: str) -> tuple[View, tuple[int, int]]:
+        """The view that is attacked, and what one evaluation of the whole system passes through."""
+        missing = self.needs - system.offers
+        if missing:
+            raise UserError(
+                f"attack {type(self).__name__} needs {', '.join(sorted(missing))}, "
+                f"and {system.name} offers only {', '.join(sorted(system.offers))}"
+            )
+        views = system.views()
+        if view not in views:
+            raise UserError(f"{system.name} has no view {view!r}; views: {', '.join(views)}")
+        face = views[view]
+        return face, views.get("adaptive", face).passes

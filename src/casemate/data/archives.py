@@ -1,0 +1,102 @@
+"""Archives are checked (checksum, member paths, sizes) before a byte of them is written out."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+CHUNK = 1 << 20
+
+
+class BadArchive(Exception):
+    """Why an archive was refused: one line."""
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, as hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise BadArchive unless the file's sha256 is `expected`."""
+    if sha256_file(path) != expected:
+        raise BadArchive(f"{path.name} ({path.stat().st_size:,} bytes) has the wrong checksum: truncated or altered")
+
+
+def unpack_tar(stream: IO[bytes], folder: Path, wanted: str, *, limit: int) -> list[Path]:
+    """Write the regular members whose path matches the regular expression `wanted` flat into `folder`.
+
+    Every member's path is checked, wanted or not. Raises BadArchive, before anything is written for that
+    member, on an absolute path, a `..`, a wanted link or device, two members of one name, or more than
+    `limit` bytes in all.
+    """
+    written: list[Path] = []
+    total = 0
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*") as archive:
+            for member in archive:
+                name = PurePosixPath(member.name)
+                if name.is_absolute() or ".." in name.parts:
+                    raise BadArchive(f"member {member.name!r} points outside the archive")
+                if not re.fullmatch(wanted, str(name)):
+                    continue
+                if not member.isreg():
+                    raise BadArchive(f"member {member.name!r} is not a regular file")
+                total += member.size
+                if total > limit:
+                    raise BadArchive(f"unpacks to more than the {limit:,} bytes it should hold")
+                target = folder / name.name
+                if target in written:
+                    raise BadArchive(f"holds two files named {name.name!r}")
+                source = archive.extractfile(member)
+                assert source is not None  # a regular member always has content
+                _copy(source, target)
+                written.append(target)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise BadArchive(f"is not a readable archive ({error}): truncated or altered") from None
+    return written
+
+
+def _copy(source: IO[bytes], target: Path) -> None:
+    with target.open("wb") as out:
+        while chunk := source.read(CHUNK):
+            out.write(chunk)
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """The content of a plain or .gz file. Raises BadArchive if it is damaged or holds more than `limit` bytes."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(limit + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise BadArchive(f"{path.name} is not a readable .gz file ({error}): truncated or altered") from None
+    if len(content) > limit:
+        raise BadArchive(f"{path.name} holds more than the {limit:,} bytes it should")
+    return content
+
+
+def find(folder: Path, names: Iterable[str], depth: int = 4) -> dict[str, list[Path]]:
+    """Files of those names in `folder` and up to `depth` folders below it, nearest first, else by path."""
+    found: dict[str, list[Path]] = {name: [] for name in names}
+    level = [folder]
+    for _ in range(depth + 1):
+        below: list[Path] = []
+        for here in level:
+            try:
+                entries = sorted(here.iterdir())
+            except OSError:
+                continue
+            for entry in entries:
+                if entry.name in found and entry.is_file():
+                    found[entry.name].append(entry)
+                elif entry.is_dir() and not entry.is_symlink():
+                    below.append(entry)
+        level = below
+    return found

@@ -1,0 +1,79 @@
+"""Prediction with an exported file: `casemate.load("model.onnx").predict(images)`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from casemate.deploy.onnx_system import OnnxSystem, check_range
+from casemate.deploy.session import Device
+from casemate.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """For N images. labels (N,) int64; names (N,) class names; probabilities and logits N x classes float32;
+    manifold_score (N,) float32 in [0, 1], how clean each image looks to the critic, where the file has one."""
+
+    labels: np.ndarray
+    names: tuple[str, ...]
+    probabilities: np.ndarray
+    logits: np.ndarray
+    manifold_score: np.ndarray | None
+
+
+class Predictor:
+    """An exported model. `predict` may be called from several threads at once."""
+
+    def __init__(self, path: Path | str, device: Device = "auto") -> None:
+        self.system = OnnxSystem(path, device)
+        classes = self.system.classes
+        self.classes = classes or tuple(str(number) for number in range(self.system.num_classes))
+
+    def predict(self, images: np.ndarray) -> Prediction:
+        """images: uint8 in [0, 255] or float in [0, 1]; one image or a batch; channels first or last, or without a
+        channel axis where the model takes one channel. Raises UserError if they do not fit the model."""
+        batch = self._batch(np.asarray(images))
+        names = [n for n in ("logits", "probabilities", "manifold_score") if n in self.system.outputs]
+        scores = self.system.run(batch, names) if "logits" in names else {}
+        logits = scores["logits"] if scores else self.system.run(batch)[self.system.scores]
+        labels = logits.argmax(1).astype(np.int64)
+        return Prediction(
+            labels, tuple(self.classes[label] for label in labels), scores.get("probabilities", _softmax(logits)),
+            logits, scores.get("manifold_score"),
+        )  # fmt: skip
+
+    def _batch(self, images: np.ndarray) -> np.ndarray:
+        """N x C x H x W float32 in [0, 1]."""
+        channels, height, width = shape = self.system.input_shape
+        if images.dtype == np.uint8:
+            images = images.astype(np.float32) / np.float32(255)
+        elif np.issubdtype(images.dtype, np.floating):
+            images = images.astype(np.float32, copy=False)
+            check_range(images)
+        else:
+            raise UserError(f"images must be uint8 or float, not {images.dtype}")
+        forms = {shape: (0, 1, 2), (height, width, channels): (2, 0, 1)}
+        for form, order in forms.items():
+            if images.shape[-3:] == form and images.ndim in (3, 4):
+                batch = images.reshape(-1, *form)
+                return np.ascontiguousarray(batch.transpose(0, *(axis + 1 for axis in order)))
+        if channels == 1 and images.shape[-2:] == (height, width) and images.ndim in (2, 3):
+            return np.ascontiguousarray(images.reshape(-1, *shape))
+        raise UserError(f"{self.system.path} takes images {shape} (channels, height, width), not {images.shape}")
+
+
+def load(path: Path | str, device: Device = "auto") -> Predictor:
+    """An exported .onnx file, ready to predict. device "auto" takes a GPU where there is a usable one.
+
+    Raises UserError if the file does not exist or is not a model that can be used here.
+    """
+    return Predictor(path, device)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    result: np.ndarray = powers / powers.sum(1, keepdims=True)
+    return result

@@ -1,0 +1,104 @@
+"""The `evaluate` section of params.yaml. No torch is imported here."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from casemate import registry
+from casemate.fields import Count, Natural, Radius, Text
+
+CellName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+View = Literal["adaptive", "static", "both"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ThreatParams(Section):
+    norm: Literal["linf", "l2"]
+    radius: Radius
+
+
+class AttackParams(Section):
+    """A registered attack and its options."""
+
+    attack: Text
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _known(self) -> AttackParams:
+        registry.check("attack", self.attack, self.options)
+        return self
+
+
+class CellParams(AttackParams):
+    """One attack of a suite."""
+
+    view: View = "both"
+    """Which faces of a system that changes its inference are attacked; for any other they are one and the same."""
+    threat: ThreatParams | None = None
+    """Another threat model than the profile's; its images count in the worst case only where that contains them."""
+
+
+class Suite(Section):
+    images: Count | Literal["all"] = "all"
+    """How many test images, taken from the front of the one fixed order that every attack and model shares."""
+    attacks: dict[CellName, CellParams] = Field(min_length=1)
+
+
+class Sweep(AttackParams):
+    """Accuracy against radius, at the profile's norm."""
+
+    radii: tuple[Radius, ...] = Field(min_length=1)
+    images: Count = 1000
+
+    @field_validator("radii")
+    @classmethod
+    def _rising(cls, radii: tuple[float, ...]) -> tuple[float, ...]:
+        if any(b <= a for a, b in pairwise(radii)):
+            raise ValueError("radii must rise, each greater than the one before")
+        return radii
+
+
+class GateParams(Section):
+    """What the masking gate runs beside the suites."""
+
+    images: Count = 1000
+    fewer_steps: Count = 10
+    steps: Count = 40
+    """PGD with `steps` must not be weaker than with `fewer_steps`, nor than FGSM."""
+    unbounded_steps: Count = 100
+    """Steps of PGD at linf 0.5, where every image can become mid-grey."""
+    unbounded_restarts: Count = 1
+    corners: Natural = 100
+    """Random corners of the ball tried on each image; 0 leaves this check out."""
+
+
+class EvaluateParams(Section):
+    models: list[Text] = []
+    """Rows to evaluate."""
+    source: Text | None = None
+    """The row whose classifier transfer attacks are crafted on."""
+    chunk: Count = 500
+    """Images of a segment of the ledger: an attack's batch, and what a killed run loses at most."""
+    subset: Natural = 1000
+    """Images whose adversarial versions are kept (adversarial.npz)."""
+    secondary_images: Count = 1000
+    """At most so many images for the inference modes of a defense that are not its primary one."""
+    suites: dict[CellName, Suite] = Field(min_length=1)
+    sweep: Sweep | None = None
+    gate: GateParams | None = GateParams()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluateParams:
+        if "all" in self.suites:
+            raise ValueError("suites.all: this name stands for the union of every suite; choose another")
+        for suite, content in self.suites.items():
+            for name, cell in content.attacks.items():
+                if cell.attack == "transfer" and self.source is None:
+                    raise ValueError(f"suites.{suite}.attacks.{name}: a transfer attack needs evaluate.source")
+        return self

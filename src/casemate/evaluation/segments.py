@@ -1,0 +1,90 @@
+"""Segments: the immutable files of the ledger. Parquet with checksums of its content, written aside and renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+COLUMNS: dict[str, type[np.generic]] = {
+    "index": np.int64, "label": np.int64, "clean_prediction": np.int64, "prediction": np.int64, "success": np.bool_,
+    "linf": np.float32, "l2": np.float32, "forwards": np.int64, "backwards": np.int64, "queries": np.int64,
+}  # fmt: skip
+"""`prediction` is the system's own decision on the attacked image, -1 for rejected; `success` is what the attacker
+was after, and is true for every clean error; linf and l2 are in pixel units; the rest are passes spent."""
+
+Rows = dict[str, np.ndarray]
+
+
+def write(path: Path, key: Mapping[str, Any], rows: Rows, x_adv: np.ndarray | None = None) -> None:
+    """Write `rows` (a column each of COLUMNS, N long), and adversarial images (N x C x H x W float32) if given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    columns: dict[str, Any] = {name: pa.array(rows[name]) for name in COLUMNS}
+    meta = {"key": _text(key), "rows": _checksum(rows[name] for name in COLUMNS)}
+    if x_adv is not None:
+        flat = [image.tobytes() for image in np.ascontiguousarray(x_adv, dtype=np.float32)]
+        columns["x_adv"] = pa.array(flat, pa.binary(len(flat[0])))
+        meta |= {"shape": json.dumps(x_adv.shape[1:]), "images": _checksum([x_adv.astype(np.float32)])}
+    table = pa.table(columns).replace_schema_metadata(meta)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+    try:
+        pq.write_table(table, temporary, compression="zstd", use_dictionary=False)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: Path, key: Mapping[str, Any], *, verify_images: bool = False) -> Rows:
+    """The rows of a segment. Raises ValueError if it is not the one asked for or does not fit its checksums."""
+    with pq.ParquetFile(path) as file:
+        table = file.read(columns=list(COLUMNS))
+    meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    if meta.get("key") != _text(key):
+        raise ValueError("it was written under another key")
+    rows = {name: table[name].to_numpy().astype(dtype) for name, dtype in COLUMNS.items()}
+    if meta["rows"] != _checksum(rows[name] for name in COLUMNS):
+        raise ValueError("its checksum does not fit")
+    if verify_images:
+        read_images(path)
+    return rows
+
+
+def read_images(path: Path) -> dict[int, np.ndarray]:
+    """Adversarial images (C x H x W float32) by index. Raises ValueError if they do not fit their checksum."""
+    with pq.ParquetFile(path) as file:
+        table = file.read(columns=["index", "x_adv"])
+    meta = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
+    shape = json.loads(meta["shape"])
+    flat = np.frombuffer(b"".join(table["x_adv"].to_pylist()), np.float32).reshape(-1, *shape)
+    if meta["images"] != _checksum([flat]):
+        raise ValueError("the checksum of its images does not fit")
+    return dict(zip(table["index"].to_pylist(), flat, strict=True))
+
+
+def _text(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def _checksum(arrays: Iterable[np.ndarray]) -> str:
+    content = hashlib.sha256()
+    for array in arrays:
+        content.update(np.ascontiguousarray(array).tobytes())
+    return content.hexdigest()
+
+
+def _remove_leftovers(folder: Path, age: float = 3600.0) -> None:
+    """Temporary files that a killed process left; a living one renames its own within moments."""
+    for left in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > age:
+                left.unlink()

@@ -1,0 +1,275 @@
+"""One row evaluated: every suite on every inference mode, the worst cases, the sweep, the gate, the gallery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from casemate.evaluation import gate, robustness
+from casemate.evaluation.gallery import gallery
+from casemate.evaluation.gate import Finished
+from casemate.evaluation.images import EvaluationSet
+from casemate.evaluation.ledger import Cell, Ledger, select, write_selection
+from casemate.evaluation.plan import (
+    Bind,
+    Cost,
+    Plan,
+    Planned,
+    Progress,
+    Runner,
+    bind_source,
+    estimate,
+    not_evaluated,
+    plan_suites,
+    plan_sweep,
+)
+from casemate.evaluation.schema import EvaluateParams, Sweep
+from casemate.system import System
+from casemate.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A system to evaluate: a row in one inference mode."""
+
+    system: System
+    mode: str = "plain"
+    primary: bool = True
+
+    def name(self, row: str) -> str:
+        return row if self.primary else f"{row}+{self.mode}"
+
+
+@dataclass(frozen=True)
+class About:
+    """What the report says of a row besides figures. `card` is the training card."""
+
+    profile: str
+    row: str
+    method: str
+    dataset: str
+    network: str
+    classes: Sequence[str]
+    card: Mapping[str, Any]
+    budget: float = 1.0
+
+    @property
+    def untrained(self) -> bool:
+        """Trained for less than one effective epoch."""
+        return float(self.card.get("effective_epochs", 1.0)) < 1.0
+
+
+@dataclass(frozen=True)
+class RowEvaluation:
+    """`report` is reports/P/evaluate/ROW.json, `rows` its selection of the ledger, `adversarial` the kept images."""
+
+    report: dict[str, Any]
+    rows: pa.Table
+    adversarial: dict[str, np.ndarray]
+
+    def save(self, folder: Path) -> None:
+        """Write ledger.parquet and adversarial.npz to `folder`, each to a temporary name and renamed."""
+        write_selection(self.rows, folder / "ledger.parquet")
+        temporary = folder / ".adversarial.npz.tmp"
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **self.adversarial)
+        temporary.replace(folder / "adversarial.npz")
+
+
+def evaluate_row(
+    about: About,
+    candidates: Sequence[Candidate],
+    data: EvaluationSet,
+    threat: ThreatModel,
+    params: EvaluateParams,
+    ledger: Ledger,
+    *,
+    seed: int = 0,
+    source: System | None = None,
+    bind: Bind | None = None,
+    say: Callable[[str], None] = print,
+    progress: Progress | None = None,
+) -> RowEvaluation:
+    """Run what the ledger does not hold yet, and report.
+
+    Args:
+        candidates: the row's systems; the primary one runs every suite in full, the sweep and the gate, the others
+            every suite on at most `params.secondary_images` images.
+        data: the test images.
+        source: the system that transfer attacks are crafted on.
+        bind: what binds attacks that need more than a source; by default only a source can be bound.
+        say: is told the cost before anything runs, and each cell's figure as it is done.
+        progress: called as chunks are done.
+
+    A killed run goes on where it was: the ledger holds every finished chunk.
+    """
+    runner = Runner(ledger, data, threat, seed, params.subset, progress)
+    jobs = [_Job(c, runner, params, about, bind or bind_source(source), say) for c in candidates]
+    say(f"{about.row}: {sum((job.cost() for job in jobs), Cost())}")
+    results = [job.run() for job in jobs]
+    primary = next((i for i, candidate in enumerate(candidates) if candidate.primary), 0)
+    return RowEvaluation(
+        report={
+            "schema": 1, "profile": about.profile, "row": about.row, "method": about.method,
+            "dataset": about.dataset, "network": about.network, "classes": list(about.classes),
+            "budget": about.budget, "seed": seed, "threat": _threat(threat), "card": dict(about.card),
+            "untrained": about.untrained, "systems": [result.entry for result in results],
+        },
+        rows=select([item for result in results for item in result.rows]),
+        adversarial=gallery(candidates[primary].system, results[primary].suites, runner),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Result:
+    entry: dict[str, Any]
+    suites: list[Finished]
+    rows: list[tuple[dict[str, str], Cell]]
+    """Every cell the entry was computed from, with its labels."""
+
+
+class _Job:
+    """The evaluation of one system."""
+
+    def __init__(
+        self, candidate: Candidate, runner: Runner, params: EvaluateParams, about: About, bind: Bind,
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.candidate, self.system, self.runner, self.params, self.say = (
+            candidate, candidate.system, runner, params, say,
+        )  # fmt: skip
+        self.name = candidate.name(about.row)
+        self.not_evaluated = not_evaluated(self.system)
+        total = len(runner.data)
+        asked = max(total if s.images == "all" else min(s.images, total) for s in params.suites.values())
+        self.images = asked if candidate.primary else min(params.secondary_images, asked)
+        self.plan = Plan() if self.not_evaluated else self._plan(about.budget, bind)
+
+    def _plan(self, budget: float, bind: Bind) -> Plan:
+        total, threat, params = len(self.runner.data), self.runner.threat, self.params
+        plan = plan_suites(
+            self.system, params, threat, total=total, most=self.images, budget=budget, bind=bind
+        )  # fmt: skip
+        if not self.candidate.primary or "gradient" not in self.system.offers:
+            return plan
+        if params.sweep is not None:
+            plan.sweep = plan_sweep(params.sweep, threat, total=total, budget=budget, bind=bind)
+        if params.gate is not None:
+            plan.gate = gate.gate_cells(params.gate, threat, total, swept=len(plan.sweep) > 1)
+        return plan
+
+    def cost(self) -> Cost:
+        return estimate(self.system, self.plan.cells, self.runner)
+
+    def run(self) -> _Result:
+        for left_out, why in self.plan.skipped.items():
+            self.say(f"{self.name}: {left_out} is left out: it {why}")
+        clean = self.runner.ledger.clean(self.system, self.runner.data, self.runner.order(self.images))
+        suites = [Finished(cell, self._finish(cell)) for cell in self.plan.suites]
+        sweep = self._sweep()
+        entry = {
+            "name": self.name, "mode": self.candidate.mode, "primary": self.candidate.primary,
+            "hash": self.system.hash(), "changes_inference": self.system.changes_inference,
+            "clean": robustness.clean_rate(clean), "cells": cell_entries(suites),
+            "worst": worst_cases(self.system, suites, self.runner.threat),
+            "sweep": _sweep_entry(self.params.sweep, sweep), "gate": gate.not_run(),
+        }  # fmt: skip
+        if self.not_evaluated:
+            entry["not_evaluated"] = self.not_evaluated
+            self.say(f"{self.name}: {self.not_evaluated}")
+        if self.plan.gate and self.params.gate is not None:
+            entry["gate"] = gate.run_gate(self.system, self.runner, self.params.gate, suites, sweep)
+        return _Result(entry, suites, self._rows(clean, suites, sweep))
+
+    def _finish(self, cell: Planned) -> Cell:
+        found = self.runner.finish(self.system, cell, row=self.name, keep=self.candidate.primary)
+        left = robustness.rate(found.rows["success"])["accuracy"]
+        self.say(f"{self.name} {cell}: {100 * left:.2f} % left of {len(found):,}")
+        return found
+
+    def _sweep(self) -> list[tuple[float, Cell]]:
+        """(radius, cell) pairs; radius 0 is the clean images."""
+        if self.params.sweep is None or not self.plan.sweep:
+            return []
+        cells = [
+            (cell.threat.radius, self.runner.finish(self.system, cell, row=self.name)) for cell in self.plan.sweep
+        ]
+        if 0 not in self.params.sweep.radii:
+            return cells
+        order = self.runner.order(self.plan.sweep[0].images)
+        return [(0.0, self.runner.ledger.clean(self.system, self.runner.data, order)), *cells]
+
+    def _rows(
+        self, clean: Cell, suites: Sequence[Finished], sweep: Sequence[tuple[float, Cell]]
+    ) -> list[tuple[dict[str, str], Cell]]:
+        plain = {"system": self.name, "suite": "", "attack": "clean", "view": "", "threat": ""}
+        rows = [(plain, clean)]
+        for f in suites:
+            p = f.planned
+            labels = {"suite": p.suite, "attack": p.name, "view": p.view, "threat": str(p.threat)}
+            rows.append(({**plain, **labels}, f.cell))
+        for radius, cell in sweep:
+            threat = ThreatModel(self.runner.threat.norm, radius)
+            labels = {"suite": "sweep", "attack": "sweep", "view": "adaptive", "threat": str(threat)}
+            rows.append(({**plain, **labels}, cell))
+        return rows
+
+
+def cell_entries(finished: Sequence[Finished]) -> list[dict[str, Any]]:
+    """The figures of each cell, with the verdict among the cells of its suite."""
+    said: dict[int, str] = {}
+    for suite in dict.fromkeys(f.planned.suite for f in finished):
+        mine = [f for f in finished if f.planned.suite == suite]
+        said.update({id(f): verdict for f, verdict in zip(mine, gate.verdicts(mine), strict=True)})
+    return [
+        {
+            "attack": f.planned.name, "method": f.planned.method, "spec": f.planned.attack.parameters(),
+            "view": f.planned.view, "suite": f.planned.suite, "threat": _threat(f.planned.threat),
+            **robustness.figures(f.cell), "verdict": said[id(f)],
+        }
+        for f in finished
+    ]  # fmt: skip
+
+
+def worst_cases(system: System, finished: Sequence[Finished], threat: ThreatModel) -> dict[str, Any]:
+    """{suite or "all": {"adaptive", "static"}}, each as `robustness.worst_case` has it.
+
+    The adaptive worst case is over every cell, since an adaptive attacker has the static attacks too; the static one
+    over static cells alone, and None for a system with one face.
+    """
+    suites = list(dict.fromkeys(f.planned.suite for f in finished))
+    worst: dict[str, Any] = {}
+    for suite in [*suites, "all"]:
+        mine = [f for f in finished if suite in (f.planned.suite, "all")]
+        static = {_key(f, suite): f.cell for f in mine if f.planned.view == "static"}
+        everything = {_key(f, suite) + (" (static)" if f.planned.view == "static" else ""): f.cell for f in mine}
+        worst[suite] = {
+            "adaptive": robustness.worst_case(everything, threat),
+            "static": robustness.worst_case(static, threat) if system.changes_inference else None,
+        }
+    return worst
+
+
+def _key(finished: Finished, suite: str) -> str:
+    name = finished.planned.name
+    return f"{finished.planned.suite}/{name}" if suite == "all" else name
+
+
+def _threat(threat: ThreatModel) -> dict[str, Any]:
+    return {"norm": threat.norm, "radius": threat.radius, "text": str(threat)}
+
+
+def _sweep_entry(sweep: Sweep | None, cells: Sequence[tuple[float, Cell]]) -> dict[str, Any] | None:
+    if sweep is None or not cells:
+        return None
+    rates = [robustness.rate(cell.rows["success"]) for _, cell in cells]
+    return {
+        "attack": sweep.attack, "options": dict(sweep.options), "radii": [radius for radius, _ in cells],
+        **{key: [r[key] for r in rates] for key in ("accuracy", "low", "high")},
+        "n": rates[0]["n"], "view": "adaptive",
+    }  # fmt: skip

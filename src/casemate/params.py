@@ -1,0 +1,222 @@
+"""params.yaml as validated types: the whole file is checked before anything runs, and without importing torch.
+
+An unknown key or a bad value raises UserError that names its path, such as `defenses.trades.options.beta`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from casemate import registry
+from casemate.errors import UserError, near
+from casemate.evaluation.schema import EvaluateParams
+from casemate.fields import Count, Flag, Natural, Positive, Radius, Seed, Text
+from casemate.training.recipe import Recipe
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Threat(Section):
+    norm: Literal["linf", "l2"]
+    radius: Radius
+
+
+class Network(Section):
+    name: Text
+    options: dict[str, Any] = {}
+    normalise: Flag = False
+    """Put the data set's mean and standard deviation into a first layer."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Network:
+        registry.check("network", self.name, self.options)
+        return self
+
+
+class Method(Section):
+    """A row that is trained: a registered defense, its options, and how long."""
+
+    method: Text
+    options: dict[str, Any] = {}
+    recipe: Recipe
+
+    @model_validator(mode="after")
+    def _known(self) -> Method:
+        registry.check("defense", self.method, self.options)
+        return self
+
+
+class Generator(Section):
+    """An attack that learns: a registered one, its options, and how long it is fitted to each victim."""
+
+    method: Text
+    options: dict[str, Any] = {}
+    recipe: Recipe
+
+    @model_validator(mode="after")
+    def _known(self) -> Generator:
+        registry.check("learned_attack", self.method, self.options)
+        return self
+
+
+class Finetune(Section):
+    """The attacks that learn, by name; each is fitted to every evaluated row."""
+
+    generators: dict[Name, Generator] = {}
+
+
+class Subset(Section):
+    """A class subset of an ImageNet-layout folder."""
+
+    source: Text
+    classes: list[Text] = Field(min_length=2)
+    train_per_class: Count = 1300
+    test_per_class: Count = 50
+    allow_missing: Flag = False
+
+
+class Export(Section):
+    models: list[Name] = []
+    opset: Annotated[int, Field(ge=18, le=21)] = 18
+    conv: Literal["auto", "transpose", "flip"] = "auto"
+    """How the gradient's convolutions are written: "transpose" suits a GPU."""
+    layout: Literal["float32-nchw", "uint8-nhwc"] = "float32-nchw"
+    purified: Flag = True
+    """Offer the purified images as an output."""
+    parity_images: Count = 1000
+
+
+class Tracking(Section):
+    experiment: Text = "casemate"
+
+
+class Params(Section):
+    profile: Name
+    budget: Positive
+    """Scales epochs and attack steps; written into every result. 1 is what the profile means to run."""
+    seed: Seed
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Natural
+    """CPU threads of every stage; 0 means all cores."""
+    dataset: Text
+    validation: Count
+    """Images set aside from the training set; selection never sees the test set."""
+    train_size: Count | None = None
+    threat: Threat
+    network: Network
+    pretrain: dict[Name, Method]
+    defenses: dict[Name, Method] = {}
+    finetune: Finetune = Finetune()
+    subset: dict[Name, Subset] = {}
+    evaluate: EvaluateParams
+    export: Export = Export()
+    tracking: Tracking = Tracking()
+
+    @field_validator("dataset")
+    @classmethod
+    def _dataset(cls, name: str) -> str:
+        try:
+            registry.location("dataset", name)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    @model_validator(mode="after")
+    def _rows(self) -> Params:
+        twice = set(self.pretrain) & set(self.defenses)
+        if twice:
+            raise ValueError(f"defenses.{min(twice)}: this row is under pretrain too")
+        lists = {
+            "evaluate.models": self.evaluate.models,
+            "evaluate.source": [self.evaluate.source] if self.evaluate.source else [],
+            "export.models": self.export.models,
+        }
+        for where, rows in lists.items():
+            for row in rows:
+                if row not in self.rows:
+                    raise ValueError(f"{where}: no row {row!r} under pretrain or defenses{near(row, self.rows)}")
+        return self
+
+    @property
+    def rows(self) -> dict[str, Method]:
+        """Everything that is trained, by row name."""
+        return {**self.pretrain, **self.defenses}
+
+    @property
+    def models_dir(self) -> Path:
+        return Path("models", self.profile)
+
+    @property
+    def reports_dir(self) -> Path:
+        return Path("reports", self.profile)
+
+
+def load_params(path: Path) -> Params:
+    """The validated parameters of a file. Raises UserError with the path of every wrong key or value."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; write it with 'python -m pipeline profile mnist'") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return check_params(raw, str(path))
+
+
+def check_params(raw: Any, name: str = "params.yaml") -> Params:
+    """Validate a parsed parameter file."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{name} must be a mapping of sections; got {type(raw).__name__}")
+    try:
+        return Params(**raw)
+    except ValidationError as error:
+        problems = [_problem(e, raw) for e in error.errors()]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{name}: {problems[0]}{more}") from None
+
+
+def _problem(error: Mapping[str, Any], raw: Any) -> str:
+    """One pydantic error as `path: what is wrong`, with the near matches of an unknown key."""
+    inner = error.get("ctx", {}).get("error")
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _siblings(error["loc"], raw)
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=2, cutoff=0.6)
+        hint = "; did you mean " + " or ".join(map(repr, close)) + "?" if close else "; known: " + ", ".join(known)
+        return f"{where}: unknown key{hint if known else ''}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{where}: this key is needed"
+    message = str(inner) if inner is not None else error["msg"][0].lower() + error["msg"][1:]
+    given = "" if inner is not None or isinstance(error.get("input"), dict) else f", got {error.get('input')!r}"
+    return f"{where + ': ' if where else ''}{message}{given}"
+
+
+def _siblings(loc: tuple[Any, ...], raw: Any) -> list[str]:
+    """The keys that exist where an unknown one stands."""
+    if len(loc) >= 2 and loc[-2] == "options":
+        owner: Any = raw
+        for key in loc[:-2]:
+            owner = owner[key]
+        name = owner.get("method") or owner.get("name") or owner.get("attack")
+        for kind, table in registry.TABLES.items():
+            if name in table:
+                return sorted(registry.schema(kind, name).model_fields)
+        return []
+    model: Any = Params
+    for key in loc[:-1]:
+        fields = getattr(model, "model_fields", None) or getattr(model, "__pydantic_fields__", {})
+        if key in fields:
+            model = fields[key].annotation
+            arguments = getattr(model, "__args__", ())
+            model = next((a for a in reversed(arguments) if hasattr(a, "__pydantic_fields__")), model)
+    fields = getattr(model, "__pydantic_fields__", {})
+    return sorted(fields)

@@ -1,0 +1,206 @@
+"""What exists, by name. One line here registers a method; nothing is imported until it is used.
+
+`schema(kind, name)` reads a class's fields from its source, so validating params.yaml needs no torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic_core import InitErrorDetails
+
+from casemate.errors import UserError, near
+from casemate.fields import VOCABULARY
+
+TABLES: dict[str, dict[str, str]] = {
+    "dataset": {
+        "digits": "casemate.data.digits:Digits",
+        "mnist": "casemate.data.mnist:MNIST",
+        "fashion_mnist": "casemate.data.mnist:FashionMNIST",
+        "cifar10": "casemate.data.cifar10:CIFAR10",
+    },
+    "network": {
+        "digits_cnn": "casemate.networks.small:DigitsCNN",
+        "lenet5": "casemate.networks.small:LeNet5",
+        "small_cnn": "casemate.networks.small:SmallCNN",
+        "resnet20": "casemate.networks.resnet20:ResNet20",
+        "preact_resnet18": "casemate.networks.preact_resnet:PreActResNet18",
+        "wrn": "casemate.networks.wrn:WideResNet",
+    },
+    "attack": {
+        "fgsm": "casemate.attacks.gradient:FGSM",
+        "pgd": "casemate.attacks.gradient:PGD",
+        "mim": "casemate.attacks.gradient:MIM",
+        "cw_margin": "casemate.attacks.gradient:CWMargin",
+        "transfer": "casemate.attacks.transfer:Transfer",
+        "gap": "casemate.attacks.gap:GAP",
+    },
+    "defense": {
+        "standard": "casemate.defenses.standard:Standard",
+        "at_pgd": "casemate.defenses.at_pgd:ATPGD",
+        "trades": "casemate.defenses.trades:TRADES",
+        "atld": "casemate.defenses.atld:ATLD",
+    },
+    "learned_attack": {
+        "gap": "casemate.attacks.gap:GAPTrainer",
+    },
+}
+
+SOURCE = Path(__file__).parent
+
+
+def names(kind: str) -> list[str]:
+    """The registered names of a kind (`attack`, `defense`, `network`, `dataset`), sorted."""
+    return sorted(TABLES[kind])
+
+
+def location(kind: str, name: str) -> tuple[str, str]:
+    """(module, class name) of a registered name. Raises UserError with the near matches."""
+    table = TABLES[kind]
+    if name not in table:
+        raise UserError(f"unknown {kind} {name!r}{near(name, table)}")
+    module, _, attribute = table[name].partition(":")
+    return module, attribute
+
+
+def resolve(kind: str, name: str) -> type[Any]:
+    """Import and return the registered class."""
+    module, attribute = location(kind, name)
+    found: type[Any] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def source_file(kind: str, name: str) -> Path:
+    """The file that holds a registered class; found without importing it."""
+    module, _ = location(kind, name)
+    return _module_file(module)
+
+
+def _module_file(module: str) -> Path:
+    relative = Path(*module.split(".")[1:])
+    plain = SOURCE / relative.with_suffix(".py")
+    return plain if plain.exists() else SOURCE / relative / "__init__.py"
+
+
+# --- fields, read from the source ---------------------------------------------------------------------------
+
+
+@functools.cache
+def schema(kind: str, name: str) -> type[BaseModel]:
+    """A pydantic model with the fields of a registered class. Unknown keys are errors, as in the class itself."""
+    module, attribute = location(kind, name)
+    fields: dict[str, Any] = _fields(module, attribute)
+    return create_model(attribute, __config__=ConfigDict(extra="forbid"), **fields)
+
+
+def check(kind: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a registered class with its defaults filled in; for use inside a pydantic validator.
+
+    Raises ValueError for an unknown name, and ValidationError with `options` in the path for a wrong field.
+    """
+    try:
+        model = schema(kind, name)
+    except UserError as error:  # pydantic adds the path to a ValueError only
+        raise ValueError(str(error)) from None
+    try:
+        return model(**options).model_dump()
+    except ValidationError as error:
+        details = [
+            InitErrorDetails(type=e["type"], loc=("options", *e["loc"]), input=e["input"], ctx=e.get("ctx", {}))
+            for e in error.errors()
+        ]
+        raise ValidationError.from_exception_data(error.title, details) from None
+
+
+def _fields(module: str, attribute: str) -> dict[str, tuple[Any, Any]]:
+    tree = _tree(module)
+    found = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == attribute), None)
+    if found is None:
+        raise LookupError(f"{module} has no class {attribute}")
+    fields: dict[str, tuple[Any, Any]] = {}
+    for base in found.bases:
+        origin = _origin(tree, module, base)
+        if origin is not None:
+            fields.update(_fields(*origin))
+    for node in found.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            if "ClassVar" in ast.unparse(node.annotation):
+                continue
+            default = ... if node.value is None else ast.literal_eval(node.value)
+            fields[node.target.id] = (_annotation(node.annotation, f"{module}:{attribute}"), default)
+    return fields
+
+
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(_module_file(module).read_text())
+
+
+def _origin(tree: ast.Module, module: str, base: ast.expr) -> tuple[str, str] | None:
+    """Where a base class is defined, if in this package."""
+    if not isinstance(base, ast.Name):
+        return None
+    if any(isinstance(n, ast.ClassDef) and n.name == base.id for n in tree.body):
+        return module, base.id
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("casemate"):
+            for alias in node.names:
+                if (alias.asname or alias.name) == base.id:
+                    return str(node.module), alias.name
+    return None
+
+
+def _annotation(node: ast.expr, where: str) -> Any:
+    """The type an annotation names: a word of `casemate.fields`, `Literal[...]`, `X | None`, or `tuple[X, ...]`."""
+    if isinstance(node, ast.Constant) and node.value is None:
+        return None
+    if isinstance(node, ast.Name) and node.id in VOCABULARY:
+        return VOCABULARY[node.id]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        left, right = _annotation(node.left, where), _annotation(node.right, where)
+        return left | right if right is not None else left | None
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+        if node.value.id == "Literal":
+            return Literal[ast.literal_eval(node.slice)]
+        if node.value.id == "tuple" and isinstance(node.slice, ast.Tuple):
+            first, rest = node.slice.elts[0], node.slice.elts[1:]
+            if len(rest) == 1 and isinstance(rest[0], ast.Constant) and rest[0].value is Ellipsis:
+                return tuple[_annotation(first, where), ...]  # type: ignore[misc]
+            return tuple[tuple(_annotation(e, where) for e in node.slice.elts)]  # type: ignore[misc]
+    raise TypeError(f"{where}: field type {ast.unparse(node)!r} is not a word of casemate.fields")
+
+
+# --- code as an input ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def code_hash(module: str) -> str:
+    """A hash of what a module does: comments, docstrings and layout do not count."""
+    return text_hash(_module_file(module).read_text())
+
+
+def text_hash(source: str) -> str:
+    """`code_hash` of Python source given as text."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body
+            if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                node.body = body[1:] or [ast.Pass()]
+    return hashlib.sha256(_dump(tree).encode()).hexdigest()[:16]
+
+
+def _dump(node: object) -> str:
+    """`ast.dump` without what differs between Python versions: fields that are empty, and contexts."""
+    if isinstance(node, ast.AST):
+        parts = [f"{name}={_dump(value)}" for name, value in ast.iter_fields(node) if name not in ("ctx", "kind")]
+        return f"{type(node).__name__}({', '.join(p for p in parts if not p.endswith(('=None', '=[]')))})"
+    if isinstance(node, list):
+        return f"[{', '.join(map(_dump, node))}]"
+    return repr(node)

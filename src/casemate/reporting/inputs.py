@@ -1,0 +1,265 @@
+"""What the report reads: the JSON, CSV and NPZ files that the stages before it wrote, as checked values.
+
+Accuracies are fractions in [0, 1], intervals are 95 % Wilson intervals, passes are means per image. Unknown keys
+are ignored, so an older report reads a newer file of the same schema.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from casemate.errors import UserError
+
+View = Literal["adaptive", "static"]
+Verdict = Literal["ok", "unreliable", "not run"]
+Number = Annotated[float | None, BeforeValidator(lambda v: None if isinstance(v, float) and math.isnan(v) else v)]
+
+
+class Record(BaseModel):
+    """A JSON object whose unknown keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Rate(Record):
+    """A share of `n` images with its 95 % interval, all in [0, 1]."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+
+
+class Threat(Record):
+    """A threat model as the evaluation names it; `radius` in pixel units."""
+
+    norm: str
+    radius: float
+    text: str
+
+
+class Worst(Rate):
+    """Accuracy over the union of several attacks; `incomplete` names those that have not finished."""
+
+    attacks: tuple[str, ...] = ()
+    incomplete: tuple[str, ...] = ()
+
+
+class Suite(Record):
+    """The worst case of one suite. An adaptive attacker has the static attacks too, so `adaptive` is over both;
+    `static` is over static ones alone, and None where the system has only one face."""
+
+    adaptive: Worst | None = None
+    static: Worst | None = None
+
+
+class Cell(Rate):
+    """One attack on one view of one system; passes are means per image, distances are in pixel units."""
+
+    attack: str
+    method: str
+    view: View
+    suite: str
+    threat: Threat | None = None
+    """Where it is another than the row's."""
+    asr: Number = None
+    forwards: Number = None
+    backwards: Number = None
+    queries: Number = None
+    linf_max: Number = None
+    l2_mean: Number = None
+    verdict: str = "ok"
+    spec: dict[str, Any] = {}
+
+
+class Sweep(Record):
+    """Robust accuracy against the radius (pixel units), on `n` images."""
+
+    attack: str
+    radii: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    n: int
+    view: View = "adaptive"
+
+
+class Check(Record):
+    """One question of the masking gate; `p` is the p value where the answer is a test."""
+
+    name: str
+    passed: bool | None
+    detail: str = ""
+    p: Number = None
+    concerns: Literal["system", "static"] = "system"
+    """Whether a failure discredits the system's figures or only those of static attacks."""
+
+
+class Gate(Record):
+    """The masking gate's verdict on a system's evaluation; `static` is that on its static figures alone."""
+
+    verdict: Verdict = "not run"
+    static: Verdict = "not run"
+    checks: tuple[Check, ...] = ()
+
+
+class Evaluated(Record):
+    """One system: a row in one inference mode."""
+
+    name: str
+    mode: str
+    primary: bool = True
+    hash: str = ""
+    changes_inference: bool = False
+    clean: Rate | None = None
+    cells: tuple[Cell, ...] = ()
+    worst: dict[str, Suite] = {}
+    sweep: Sweep | None = None
+    gate: Gate = Gate()
+
+    def worst_case(self, suite: str, view: View) -> Worst | None:
+        """The worst case of `suite` ("core", "extended" or "all") on one view, if it was evaluated."""
+        found = self.worst.get(suite, Suite())
+        return found.adaptive if view == "adaptive" else found.static
+
+    def label(self, cell: Cell) -> str:
+        """The attack's name, told apart from its adaptive twin where the system has two faces."""
+        return f"{cell.attack} (static)" if self.changes_inference and cell.view == "static" else cell.attack
+
+
+class Evaluation(Record):
+    """`evaluate/ROW.json`."""
+
+    schema_: int
+    profile: str
+    row: str
+    method: str
+    dataset: str
+    network: str
+    classes: tuple[str | int, ...] = ()
+    budget: float = 1.0
+    seed: int = 0
+    threat: Threat
+    card: dict[str, Any] = {}
+    untrained: bool = False
+    systems: tuple[Evaluated, ...]
+
+    model_config = ConfigDict(extra="ignore", frozen=True, alias_generator=lambda name: name.rstrip("_"))
+
+
+class ParityNumber(Record):
+    """One figure of a parity report and the bound it must keep."""
+
+    name: str
+    value: float | str | None
+    bound: float | str | None = None
+    passed: bool
+
+
+class ParityFile(Record):
+    """The parity of one exported file with PyTorch."""
+
+    file: str
+    form: str = ""
+    passed: bool
+    numbers: tuple[ParityNumber, ...] = ()
+
+
+class Parity(Record):
+    """`export/ROW.json`."""
+
+    row: str = ""
+    files: tuple[ParityFile, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """Everything known about one row of the profile; only the evaluation must exist."""
+
+    evaluation: Evaluation
+    train: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[float | None]] = field(default_factory=dict)
+    """Column -> one value per epoch; None where the file leaves a value out."""
+    parity: Parity | None = None
+    gallery: Path | None = None
+    """`adversarial.npz`, or None."""
+
+    @property
+    def name(self) -> str:
+        return self.evaluation.row
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """All rows of one profile."""
+
+    profile: str
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def load(cls, profile: str, reports: Path, models: Path, rows: Sequence[str] | None = None) -> ReportInputs:
+        """Read `reports` (reports/P) and `models` (models/P). `rows` names the rows to show, in that order; without
+        it, every row evaluated there, sorted. Raises UserError for a file that is missing or not as expected."""
+        if rows is None:
+            rows = sorted(p.stem for p in (reports / "evaluate").glob("*.json"))
+        if not rows:
+            raise UserError(f"{reports / 'evaluate'} holds no evaluation: run the evaluate stage first")
+        return cls(profile, tuple(_row(reports, models, name) for name in rows))
+
+
+def _row(reports: Path, models: Path, name: str) -> Row:
+    evaluation = _read(Evaluation, reports / "evaluate" / f"{name}.json")
+    if evaluation.schema_ != 1:
+        raise UserError(f"evaluate/{name}.json has schema {evaluation.schema_}, not 1: run the evaluate stage again")
+    train, export = reports / "train" / f"{name}.json", reports / "export" / f"{name}.json"
+    curves, gallery = reports / "curves" / f"{name}.csv", models / "evaluated" / name / "adversarial.npz"
+    return Row(
+        evaluation,
+        train=_read(_Metrics, train).model_dump() if train.exists() else {},
+        curves=read_curves(curves) if curves.exists() else {},
+        parity=_read(Parity, export) if export.exists() else None,
+        gallery=gallery if gallery.exists() else None,
+    )
+
+
+class _Metrics(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _read(model: type[Model], path: Path) -> Model:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: run the stage that writes it first") from None
+    except ValidationError as wrong:
+        first = wrong.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: {where}: {first['msg']}; run the stage that writes it again") from None
+
+
+def read_curves(path: Path) -> dict[str, list[float | None]]:
+    """Columns of a curves file by name. Raises UserError for a value that is not a number."""
+    columns: dict[str, list[float | None]] = {}
+    with path.open(newline="") as lines:
+        for number, line in enumerate(csv.DictReader(lines), start=2):
+            for key, value in line.items():
+                columns.setdefault(key, []).append(_number(value, f"{path}, line {number}, {key}"))
+    return columns
+
+
+def _number(text: str | None, where: str) -> float | None:
+    try:
+        value = float(text) if text else math.nan
+    except ValueError:
+        raise UserError(f"{where}: {text!r} is not a number; train that row again") from None
+    return value if math.isfinite(value) else None

@@ -1,0 +1,199 @@
+"""The leaderboard: one row per system, ranked by what is left of it under the worst of every adaptive attack."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from casemate.errors import UserError
+from casemate.reporting.inputs import Cell, Evaluated, Evaluation, Rate, ReportInputs, Verdict
+
+Status = Literal["ranked", "untrained", "not evaluated", "incomplete", "unreliable"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+FIGURES = ("clean", "worst_core", "worst_all", "static_worst")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One system. Accuracies, intervals and the gap are fractions; None where nothing was measured.
+
+    `worst_core` and `worst_all` are adaptive worst cases, `static_worst` and `gap` (static minus adaptive) are over
+    all suites. `strongest_attack` leaves the lowest accuracy under the row's threat model. `attacks` make up
+    `worst_all`; `forwards` and `backwards` are the passes that they spend on one image, all together.
+    """
+
+    rank: int | None
+    system: str
+    row: str
+    mode: str
+    method: str
+    dataset: str
+    network: str
+    status: Status
+    champion: bool
+    verdict: Verdict
+    clean: float | None
+    clean_low: float | None
+    clean_high: float | None
+    clean_n: int | None
+    worst_core: float | None
+    worst_core_low: float | None
+    worst_core_high: float | None
+    worst_core_n: int | None
+    worst_all: float | None
+    worst_all_low: float | None
+    worst_all_high: float | None
+    worst_all_n: int | None
+    static_worst: float | None
+    static_worst_low: float | None
+    static_worst_high: float | None
+    static_worst_n: int | None
+    static_verdict: Verdict
+    gap: float | None
+    strongest_attack: str | None
+    attacks: int
+    epochs: float | None
+    effective_epochs: float | None
+    train_seed: int | None
+    attack_seed: int
+    budget: float
+    forwards: float | None
+    backwards: float | None
+    threat: str
+    radius: float
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """The entries of one profile, ranked ones first."""
+
+    profile: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def ranked(self) -> tuple[Entry, ...]:
+        return tuple(e for e in self.entries if e.rank is not None)
+
+    @property
+    def unranked(self) -> tuple[Entry, ...]:
+        return tuple(e for e in self.entries if e.rank is None)
+
+    def json(self) -> str:
+        """`leaderboard.json`: the champion's name, the main figures by system (an object of numbers, which is what
+        `dvc metrics` shows and compares), and the entries in full."""
+        best = champion(self)
+        figures = {e.system: {key: getattr(e, key) for key in FIGURES} for e in self.entries}
+        rows = [dataclasses.asdict(e) for e in self.entries]
+        found = {"schema": 1, "profile": self.profile, "champion": best.system if best else None}
+        found |= {"figures": figures, "rows": rows}
+        return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+
+    def csv(self) -> str:
+        """`leaderboard.csv`: the same entries and keys; an empty field where JSON has null."""
+        lines = io.StringIO()
+        keys = [f.name for f in dataclasses.fields(Entry)]
+        writer = csv.DictWriter(lines, keys, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(e) for e in self.entries)
+        return lines.getvalue()
+
+    @classmethod
+    def read(cls, path: Path) -> Leaderboard:
+        """A `leaderboard.json`. Raises UserError for a file that is not one."""
+        try:
+            found: Mapping[str, Any] = json.loads(path.read_text())
+            return cls(found["profile"], tuple(Entry(**row) for row in found["rows"]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not a leaderboard of this version: run the report stage again") from None
+
+
+def build(inputs: ReportInputs) -> Leaderboard:
+    """Rank the systems of every row. Raises UserError if rows were attacked under different threat models or on
+    different datasets: their figures cannot share a ranking."""
+    evaluations = [row.evaluation for row in inputs.rows]
+    conditions = {(e.dataset, e.threat.text): e.row for e in evaluations}
+    if len(conditions) > 1:
+        listed = "; ".join(f"{row}: {dataset}, {threat}" for (dataset, threat), row in conditions.items())
+        raise UserError(f"profile {inputs.profile!r}: one leaderboard, one dataset and threat model, not {listed}")
+    entries = [_entry(e, s) for e in evaluations for s in e.systems]
+    ranked = sorted((e for e in entries if e.status == "ranked"), key=_order)
+    placed = [dataclasses.replace(e, rank=i) for i, e in enumerate(ranked, start=1)]
+    rest = sorted((e for e in entries if e.status != "ranked"), key=lambda e: (STATUSES.index(e.status), _order(e)))
+    board = Leaderboard(inputs.profile, (*placed, *rest))
+    best = champion(board)
+    return Leaderboard(inputs.profile, tuple(dataclasses.replace(e, champion=e is best) for e in board.entries))
+
+
+def champion(leaderboard: Leaderboard) -> Entry | None:
+    """The best adaptive worst case among ranked systems whose evaluation the gate found sound."""
+    return next((e for e in leaderboard.ranked if e.verdict == "ok"), None)
+
+
+def _order(entry: Entry) -> tuple[float, float, float, str]:
+    scores = (entry.worst_all, entry.worst_core, entry.clean)
+    first, second, third = (1.0 if s is None else -s for s in scores)
+    return first, second, third, entry.system
+
+
+def status(evaluation: Evaluation, system: Evaluated) -> Status:
+    """Why a system is not ranked, the gravest reason first; "ranked" if none applies."""
+    if evaluation.untrained:
+        return "untrained"
+    worst = [system.worst_case(suite, "adaptive") for suite in ("all", "core")]
+    if system.clean is None or worst[0] is None:
+        return "not evaluated"
+    if any(w is not None and w.incomplete for w in worst):
+        return "incomplete"
+    return "unreliable" if system.gate.verdict == "unreliable" else "ranked"
+
+
+def strongest(evaluation: Evaluation, system: Evaluated) -> Cell | None:
+    """The attack that leaves the lowest accuracy under the row's own threat model; the larger n, then the name,
+    settles a tie."""
+    same = (c for c in system.cells if c.threat is None or c.threat.text == evaluation.threat.text)
+    return min(same, key=lambda c: (c.accuracy, -c.n, c.attack), default=None)
+
+
+def _entry(evaluation: Evaluation, system: Evaluated) -> Entry:
+    everything, static = system.worst_case("all", "adaptive"), system.worst_case("all", "static")
+    hardest = strongest(evaluation, system)
+    gap = None if everything is None or static is None else _round(static.accuracy - everything.accuracy)
+    card = evaluation.card
+    return Entry(
+        rank=None, system=system.name, row=evaluation.row, mode=system.mode, method=evaluation.method,
+        dataset=evaluation.dataset, network=evaluation.network, status=status(evaluation, system), champion=False,
+        verdict=system.gate.verdict,
+        **_rate("clean", system.clean), **_rate("worst_core", system.worst_case("core", "adaptive")),
+        **_rate("worst_all", everything), **_rate("static_worst", static),
+        static_verdict=system.gate.static, gap=gap,
+        strongest_attack=system.label(hardest) if hardest else None,
+        attacks=len(everything.attacks) if everything else 0,
+        epochs=card.get("epochs", card.get("recipe", {}).get("epochs")),
+        effective_epochs=card.get("effective_epochs"), train_seed=card.get("seed"),
+        attack_seed=evaluation.seed, budget=evaluation.budget,
+        forwards=_total(c.forwards for c in system.cells), backwards=_total(c.backwards for c in system.cells),
+        threat=evaluation.threat.text, radius=evaluation.threat.radius,
+    )  # fmt: skip
+
+
+def _rate(name: str, rate: Rate | None) -> dict[str, Any]:
+    if rate is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None, f"{name}_n": None}
+    values = {name: rate.accuracy, f"{name}_low": rate.low, f"{name}_high": rate.high}
+    return {**{key: _round(value) for key, value in values.items()}, f"{name}_n": rate.n}
+
+
+def _total(passes: Iterable[float | None]) -> float | None:
+    known = [p for p in passes if p is not None]
+    return _round(sum(known)) if known else None
+
+
+def _round(value: float) -> float:
+    """Six digits: finer than one image in 10,000, and the same text in JSON and CSV."""
+    return round(value, 6) + 0.0

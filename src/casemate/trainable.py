@@ -1,0 +1,133 @@
+"""What the training loop runs: a method that yields `Update`s. The loop knows no method by name.
+
+A defense and an attack that learns are both `Trainable`s: frozen specifications with the same players and step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from casemate.threat import ThreatModel
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass
+class Player:
+    """Parameters that one optimizer moves. They may be part of a module."""
+
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[float], float] | None = None
+    """Factor on the initial learning rate as a function of the fraction of the budget in [0, 1]."""
+    max_grad_norm: float | None = None
+    after_step: Callable[[], None] | None = None
+    """Called after each optimizer step, e.g. weight clipping."""
+    precision: Precision = "auto"
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimisation step of the named players on `loss()`; nobody else receives or pays for a gradient."""
+
+    players: tuple[str, ...]
+    loss: Callable[[], Tensor]
+    """A scalar, evaluated under autocast in the precision of the players."""
+    extra_leaves: tuple[Tensor, ...] = ()
+    """Further leaves that receive a gradient in the same backward pass (free-m's noise)."""
+    zero_grad: bool = True
+    """False adds to the gradients of the step's earlier updates; every step begins with none."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is given to build itself: the data's shape, the network and optimizer of the recipe."""
+
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    threat: ThreatModel
+    network: Callable[[], nn.Module]
+    """A freshly initialised classifier of the recipe's network."""
+    player: Callable[..., Player]
+    """`player(parameters, **changes)`: a Player with the recipe's optimizer, schedule and clipping. `changes` are
+    fields of the recipe, or `lr_scale`, `betas`, `after_step`: see `casemate.training.recipe.Recipe.player`."""
+    seed: int = 0
+    steps: int = 0
+    """Length of the budget: calls of `step`, replays of a batch included."""
+    victim: nn.Module | None = None
+    """For an attack that learns: the frozen classifier it is fitted against."""
+    victim_system: Any = None
+
+
+def _no_draw(n: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    raise RuntimeError("no training data to draw from")
+
+
+@dataclass
+class Context:
+    """What a step may use besides its batch. The loop owns it."""
+
+    modules: dict[str, nn.Module]
+    threat: ThreatModel
+    step: int = 0
+    epoch: int = 0
+    fraction: float = 0.0
+    """Share of the budget already spent, in [0, 1)."""
+    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """Index of each sample of the batch in the training set."""
+    rng: torch.Generator = field(default_factory=torch.Generator)
+    """Seeded anew for every step, so a resumed run draws what an uninterrupted one would."""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """The method's own tensors; checkpointed."""
+    draw: Callable[..., tuple[Tensor, Tensor]] = _no_draw
+    """`draw(n, labels=None)`: n further training images (of the given labels) and their labels."""
+    logs: dict[str, Tensor] = field(default_factory=dict)
+    stop: bool = False
+    """Set in `epoch_end` to end training early."""
+    victim: nn.Module | None = None
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """`with ctx.autocast():` is for crafting in the precision of the run; the loop does it for `Update.loss`."""
+
+    def log(self, **values: Tensor | float) -> None:
+        """Named scalars, averaged over the epoch on the device, so that logging never waits for it.
+
+        Each update's loss is logged already: as `loss` where the first player takes part, else `loss_<players>`.
+        A method that logs one of these names replaces the loop's.
+        """
+        for key, value in values.items():
+            self.logs[key] = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+
+
+class Trainable(ABC):
+    """A frozen specification that can be trained. Subclasses are `@spec` classes."""
+
+    batch_coupled: ClassVar[bool] = False
+    capturable: ClassVar[bool] = True
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Calls of `step` on each batch (free-m's replays). The budget counts every call, so there are as many fewer
+        passes over the data."""
+        return 1
+
+    @abstractmethod
+    def modules(self, task: Task) -> dict[str, nn.Module]:
+        """Fresh modules by name; a defense always has "classifier"."""
+
+    @abstractmethod
+    def players(self, task: Task, modules: dict[str, nn.Module]) -> dict[str, Player]:
+        """Who learns, and how."""
+
+    @abstractmethod
+    def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
+        """One batch: images in [0, 1], labels (N,) long. Reads like the paper's algorithm."""
+
+    def epoch_end(self, ctx: Context, validate: Callable[[], dict[str, float]]) -> None:  # noqa: B027
+        """After each epoch; `validate()` gives clean and robust accuracy on the validation split."""

@@ -1,0 +1,351 @@
+"""The training loop. It runs any `Trainable`, and knows no method by name."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from casemate.errors import UserError
+from casemate.seeding import derive
+from casemate.system import frozen
+from casemate.trainable import Context, Task, Trainable
+from casemate.training import precision
+from casemate.training.averages import LogMeans, WeightAverage
+from casemate.training.checkpoint import Checkpoints
+from casemate.training.inputs import Draw, TrainingData
+from casemate.training.progress import display
+from casemate.training.recipe import Recipe
+from casemate.training.recorder import NullRecorder, Recorder
+from casemate.training.signals import Interruption
+from casemate.training.snapshot import copy_into, named_tensors, pack_optimizers, under, unpack_optimizers
+from casemate.training.updates import NotFinite, Updates, require_finite
+from casemate.training.validation import can_validate, validate
+
+CHECK_STEPS, CHECK_SECONDS = 50, 2.0  # how often the loop waits for the device
+SAVE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` made."""
+
+    modules: dict[str, nn.Module]
+    """In eval mode; the moving average of the weights if the recipe keeps one, of the chosen epoch."""
+    curves: list[dict[str, float]]
+    """One row per pass over the data: epoch (passes so far), losses and logs, lr, val_clean and val_robust."""
+    epochs: float
+    """Effective passes over the training set, replays counted."""
+    steps: int
+    chosen_epoch: float
+    """The `epoch` of the row whose weights these are."""
+    precision: precision.Chosen
+
+
+def train(
+    method: Trainable,
+    task: Task,
+    train_data: TrainingData,
+    val_data: TrainingData | None,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device | str,
+    checkpoints: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    recorder: Recorder | None = None,
+    progress: bool = False,
+    pad: int = 0,
+    flip: bool = False,
+    save: Callable[[Trained], None] | None = None,
+) -> Trained:
+    """Train a method for the recipe's budget and return the result.
+
+    Args:
+        method: a defense, or an attack that learns (then `task.victim` is frozen for as long as this runs).
+        task: its `player` should be `recipe.player`; `seed` and `steps` are filled in here.
+        train_data, val_data: on `device`. Without validation data (or for an attack) nothing is validated.
+        checkpoints: folder for checkpoints, keyed by everything that decides the result: recipe, seed, method and
+            `identity` (JSON-able: data checksum, network, code). A run found there is resumed; on the CPU the result
+            is bit-identical to an uninterrupted one. Removed on success, after `save` has returned.
+        recorder: gets one row of metrics per epoch; a resumed run repeats the earlier rows.
+        progress: show progress on stderr.
+        pad, flip: the data set's augmentation, used if `recipe.augment`.
+        save: called with the result while the checkpoints still exist.
+
+    Raises UserError if the loss or a weight stops being finite, or if the same run is under way elsewhere.
+    """
+    device = torch.device(device)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.enable_grad())
+        if task.victim is not None:
+            stack.enter_context(frozen(task.victim))
+        if task.victim_system is not None:
+            stack.enter_context(task.victim_system.frozen())
+        augment = (pad, flip) if recipe.augment else (0, False)
+        run = _Run(method, task, train_data, val_data, recipe, seed, device, augment, recorder or NullRecorder())
+        store = None if checkpoints is None else Checkpoints(checkpoints, run.identity(identity or {}))
+        if store is not None:
+            stack.enter_context(store.locked())
+        with Interruption() as interruption:
+            trained = run.to_the_end(store, interruption, progress)
+        if save is not None:
+            save(trained)
+        if store is not None:
+            store.remove()
+    return trained
+
+
+class _Run:
+    """The state of one training run, and the steps that change it."""
+
+    def __init__(
+        self, method: Trainable, task: Task, data: TrainingData, val_data: TrainingData | None, recipe: Recipe,
+        seed: int, device: torch.device, augment: tuple[int, bool], recorder: Recorder,
+    ) -> None:  # fmt: skip
+        self.method, self.data, self.recipe, self.seed, self.device = method, data, recipe, seed, device
+        self.recorder, (self.pad, self.flip) = recorder, augment
+        self.replays = method.updates_per_batch
+        self.per_epoch = recipe.batches(len(data))
+        if self.per_epoch == 0:
+            raise UserError(f"batch_size {recipe.batch_size} is more than the {len(data)} training images")
+        self.total = max(1, round(recipe.epochs * self.per_epoch / self.replays))
+        self.steps = self.total * self.replays
+        self.task = replace(task, seed=seed, steps=self.steps)
+        self.val_data = val_data if val_data is not None and can_validate(method) else None
+        if recipe.select == "best" and self.val_data is None:
+            raise UserError("recipe select: best needs a validation split and a defense; use select: last")
+
+        self._seed_torch("modules")
+        self.modules = method.modules(self.task)
+        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        for module in self.modules.values():
+            module.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        self.layout = layout
+        sized = [self.modules["classifier"]] if "classifier" in self.modules else list(self.modules.values())
+        self.precision = precision.choose(recipe.precision, device, sized)
+        players = method.players(self.task, self.modules)
+        self.updates = Updates(players, self.precision, device)
+        self.average = WeightAverage(self.modules, recipe.ema) if recipe.ema else None
+        self.logs = LogMeans(device)
+        self.rng = torch.Generator()
+        self.context = Context(
+            self.modules, task.threat, rng=self.rng, draw=Draw(data, self.rng), victim=task.victim,
+            autocast=lambda: precision.autocast(self.precision, device),
+        )  # fmt: skip
+        self.epoch = self.batch = self.step = 0
+        self.curves: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_score, self.best_epoch = -1.0, 0.0
+        self._parts = [part for module in self.modules.values() for part in module.modules()]
+
+    def identity(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything that decides the result, JSON-able."""
+        kind = type(self.method)
+        options: dict[str, Any] = asdict(self.method) if is_dataclass(self.method) else {}
+        return {
+            "given": dict(given),
+            "method": [kind.__module__, kind.__qualname__, options],
+            "recipe": self.recipe.as_dict(),
+            "threat": [self.task.threat.norm, self.task.threat.radius],
+            "run": [self.seed, len(self.data), self.steps, self.precision, self.pad, self.flip],
+        }
+
+    # --- the run ------------------------------------------------------------------------------------------------
+
+    def to_the_end(self, store: Checkpoints | None, interruption: Interruption, progress: bool) -> Trained:
+        self.store, self.interruption = store, interruption
+        found = store.load() if store is not None else None
+        if found is not None:
+            self._restore(*found)
+        self.display = display(progress, self.steps, self.steps / self.per_epoch, self.step)
+        try:
+            if self.step:
+                self.display.note(f"resumed after step {self.step} of {self.steps}")
+            for number, row in enumerate(self.curves, 1):
+                self.recorder.metrics(row, step=number)
+            self.checked = self.saved = time.monotonic()
+            while self.epoch * self.per_epoch < self.total and not self.context.stop:
+                self._epoch()
+            return self._result()
+        except NotFinite as error:
+            raise UserError(self._explain(error)) from None
+        finally:
+            self.display.close()
+
+    def _epoch(self) -> None:
+        end = min(self.per_epoch, self.total - self.epoch * self.per_epoch)
+        batches = self.data.batches(
+            self.recipe.batch_size, seed=self.seed, epoch=self.epoch, pad=self.pad, flip=self.flip,
+            drop_last=self.recipe.drop_last, start=self.batch,
+        )  # fmt: skip
+        for x, y, indices in itertools.islice(batches, end - self.batch):
+            x = x.contiguous(memory_format=self.layout)
+            for _ in range(self.replays):
+                self._step(x, y, indices)
+            self.batch += 1
+            self._between_batches()
+        self._close_epoch(last=(self.epoch + 1) * self.per_epoch >= self.total)
+
+    def _step(self, x: Tensor, y: Tensor, indices: Tensor) -> None:
+        self.rng.manual_seed(derive(self.seed, "step", self.step))
+        self._seed_torch("step", self.step)
+        context = self.context
+        context.step, context.epoch, context.indices = self.step, self.epoch, indices
+        context.fraction = self.step / self.steps
+        if not all(part.training for part in self._parts):
+            for module in self.modules.values():
+                module.train()
+        self.updates.begin((self.step + 0.5) / self.steps)  # the middle: no first step at a rate of 0
+        for update in self.method.step(context, x, y):
+            self.updates.apply(update, self.step)
+        self.step += 1
+        self.logs.add(context.logs)
+        if self.average is not None:
+            self.average.update(self.step)
+
+    def _between_batches(self) -> None:
+        now = time.monotonic()
+        if self.step % CHECK_STEPS < self.replays or now - self.checked > CHECK_SECONDS:
+            self.display.update(self.step, self._check())
+        if self.interruption.requested is not None:
+            self._interrupted()
+        if now - self.saved > SAVE_SECONDS:
+            self._save()
+
+    def _close_epoch(self, *, last: bool) -> None:
+        self._check()
+        require_finite(self.modules, self.updates.players, self.step)
+        measured: dict[str, float] = {}
+
+        def measure() -> dict[str, float]:
+            if not measured and self.val_data is not None:
+                measured.update(self._validate(self.val_data))
+            return dict(measured)
+
+        every = self.recipe.validate_every
+        if last or (every and (self.epoch + 1) % every == 0):
+            measure()
+        self.rng.manual_seed(derive(self.seed, "epoch_end", self.epoch))
+        self._seed_torch("epoch_end", self.epoch)
+        self.method.epoch_end(self.context, measure)
+        if self.context.stop:
+            measure()
+        self.logs.add(self.context.logs)
+        row = {"epoch": self.step / self.per_epoch, **self.updates.means(), **self.logs.means()}
+        row |= {"lr": self.updates.lr(), **measured}
+        self.updates.reset()
+        self.logs.reset()
+        self.curves.append(row)
+        self._keep_best(row)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.recorder.metrics(row, step=self.epoch)
+        self.display.epoch(self.step, row)
+        self._save()
+
+    def _validate(self, data: TrainingData) -> dict[str, float]:
+        return validate(
+            self.method, self.task, self._weights(), data, seed=self.seed, device=self.device,
+            between=lambda: None if self.interruption.requested is None else self._interrupted(),
+        )  # fmt: skip
+
+    def _keep_best(self, row: dict[str, float]) -> None:
+        if self.recipe.select == "best" and row.get("val_robust", -1.0) > self.best_score:
+            self.best_score, self.best_epoch = row["val_robust"], row["epoch"]
+            self.best = {key: tensor.detach().clone() for key, tensor in named_tensors(self._weights()).items()}
+
+    def _result(self) -> Trained:
+        self.updates.clear()
+        modules = self._weights()
+        if self.best:
+            copy_into(modules, self.best, "the best epoch")
+        for module in modules.values():
+            module.eval()
+        done = self.step / self.per_epoch
+        return Trained(modules, self.curves, done, self.step, self.best_epoch if self.best else done, self.precision)
+
+    def _weights(self) -> dict[str, nn.Module]:
+        """The modules whose weights are the result so far."""
+        return self.modules if self.average is None else self.average.modules
+
+    # --- seeds, checkpoints, mistakes -----------------------------------------------------------------------------
+
+    def _seed_torch(self, *parts: object) -> None:
+        """Seed the default generators of the CPU and of this device; others belong to somebody else."""
+        seed = derive(self.seed, "torch", *parts)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            torch.cuda.default_generators[index].manual_seed(seed)
+
+    def _check(self) -> float | None:
+        """Wait for the device; the mean loss since the last time. Raises NotFinite."""
+        self.checked = time.monotonic()
+        return self.updates.check()
+
+    def _save(self) -> None:
+        if self.store is None:
+            return
+        self._check()
+        require_finite(self.modules, self.updates.players, self.step)
+        optimizers, plain = pack_optimizers(self.updates.players)
+        groups = {
+            "module": named_tensors(self.modules),
+            "average": {} if self.average is None else named_tensors(self.average.modules),
+            "optimizer": optimizers,
+            "state": self.context.state,
+            "best": self.best,
+            "log": self.logs.sums,
+        }
+        body = {
+            "at": [self.epoch, self.batch, self.step],
+            "stop": self.context.stop,
+            "curves": self.curves,
+            "best": [self.best_score, self.best_epoch],
+            "losses": [self.updates.sums, self.updates.counts],
+            "logs": self.logs.counts,
+            "optimizers": plain,
+            "leaves": [key for key, tensor in self.context.state.items() if tensor.requires_grad],
+        }
+        self.store.save({f"{g}/{key}": t for g, tensors in groups.items() for key, t in tensors.items()}, body)
+        self.saved = time.monotonic()
+
+    def _restore(self, tensors: dict[str, Tensor], body: dict[str, Any]) -> None:
+        assert self.store is not None
+        what = f"checkpoint {self.store.folder}"
+        copy_into(self.modules, under("module", tensors), what)
+        if self.average is not None:
+            copy_into(self.average.modules, under("average", tensors), what)
+        unpack_optimizers(self.updates.players, under("optimizer", tensors), body["optimizers"])
+        self.context.state.update({k: t.to(self.device) for k, t in under("state", tensors).items()})
+        for key in body["leaves"]:
+            self.context.state[key].requires_grad_()
+        self.best = {k: t.to(self.device) for k, t in under("best", tensors).items()}
+        self.logs.sums = {k: t.to(self.device) for k, t in under("log", tensors).items()}
+        self.logs.counts = body["logs"]
+        self.updates.sums, self.updates.counts = body["losses"]
+        (self.epoch, self.batch, self.step), self.curves = body["at"], body["curves"]
+        self.best_score, self.best_epoch = body["best"]
+        self.context.stop = body["stop"]
+
+    def _interrupted(self) -> None:
+        self._save()
+        kept = "nothing was kept" if self.store is None else "saved; the same command goes on from here"
+        self.display.note(f"stopped after step {self.step} of {self.steps}: {kept}")
+        self.interruption.stop()
+
+    def _explain(self, error: NotFinite) -> str:
+        mend = "lower lr" + (", or set precision: fp32" if self.precision == "bf16" else "")
+        kept = ""
+        if self.store is not None and self.store.exists:
+            kept = f"; the last good checkpoint is kept in {self.store.folder}"
+        at = f"epoch {error.step / self.per_epoch:.4g}, step {error.step}"
+        return f"training broke down at {at}: {error}; {mend}{kept}"

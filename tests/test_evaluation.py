@@ -1,0 +1,319 @@
+"""A row evaluated from its parameters to its report, on small systems."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attack_toys import trained_network
+from evaluation_toys import BALL, images, linear
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from casemate.attacks.gap import GAP
+from casemate.data import Loaded
+from casemate.data.base import Images
+from casemate.errors import UserError
+from casemate.evaluation.images import EvaluationSet
+from casemate.evaluation.ledger import Ledger
+from casemate.evaluation.plan import bind_source, duration
+from casemate.evaluation.schema import EvaluateParams
+from casemate.evaluation.suite import About, Candidate, RowEvaluation, evaluate_row
+from casemate.reporting.inputs import Evaluation
+from casemate.system import System, TorchSystem, View
+from casemate.threat import ThreatModel
+
+ABOUT = About("smoke", "row", "standard", "digits", "digits_cnn", tuple("0123456789"), {"effective_epochs": 2.0})
+SUITES: dict[str, Any] = {
+    "core": {"attacks": {"pgd": {"attack": "pgd", "options": {"steps": 8}}}},
+    "extended": {
+        "images": 60,
+        "attacks": {
+            "fgsm": {"attack": "fgsm", "view": "adaptive"},
+            "l2": {"attack": "pgd", "options": {"steps": 8}, "threat": {"norm": "l2", "radius": 1.0}},
+        },
+    },
+}
+
+
+def params(**changes: Any) -> EvaluateParams:
+    given = {"chunk": 40, "subset": 40, "secondary_images": 50, "suites": SUITES, "gate": None}
+    return EvaluateParams.model_validate({**given, **changes})
+
+
+class Shift:
+    """A purification that moves every pixel by a constant."""
+
+    passes = (1, 1)
+    spec: dict[str, Any] = {"shift": 0.02}  # noqa: RUF012
+    modules: Sequence[nn.Module] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x + 0.02).clamp(0, 1).detach()
+
+    def score(self, x: Tensor) -> Tensor:
+        return torch.ones(len(x))
+
+
+def plain() -> TorchSystem:
+    return TorchSystem(trained_network(), input_shape=(1, 8, 8), num_classes=10)
+
+
+def purified() -> TorchSystem:
+    return TorchSystem(trained_network(), input_shape=(1, 8, 8), num_classes=10, purification=Shift())
+
+
+@pytest.fixture(scope="module")
+def data(digits: Loaded) -> EvaluationSet:
+    return EvaluationSet(Images(digits.test.images[:120], digits.test.labels[:120]))
+
+
+def evaluate(
+    root: Path, data: EvaluationSet, candidates: list[Candidate], given: EvaluateParams | None = None,
+    said: list[str] | None = None, **options: Any,
+) -> RowEvaluation:  # fmt: skip
+    about = options.pop("about", ABOUT)
+    given = given or params()
+    say = (said if said is not None else []).append
+    ledger = Ledger(root, given.chunk)
+    return evaluate_row(about, candidates, data, ThreatModel("linf", 0.1), given, ledger, say=say, **options)
+
+
+@pytest.fixture(scope="module")
+def row(data: EvaluationSet, tmp_path_factory: pytest.TempPathFactory) -> RowEvaluation:
+    """A purifying system in full, with the classifier alone as a second mode."""
+    candidates = [Candidate(purified(), "imt"), Candidate(plain(), "off", primary=False)]
+    given = params(sweep={"attack": "pgd", "options": {"steps": 4}, "radii": [0, 0.05, 0.1], "images": 60})
+    return evaluate(tmp_path_factory.mktemp("row"), data, candidates, given, seed=3)
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_what_the_report_stage_reads(row: RowEvaluation) -> None:
+    read = Evaluation(**json.loads(json.dumps(row.report, allow_nan=False)))
+    assert [s.name for s in read.systems] == ["row", "row+off"] and read.seed == 3 and not read.untrained
+    assert read.systems[0].gate.verdict == "not run"
+    everything = read.systems[0].worst_case("all", "adaptive")
+    assert everything is not None and everything.n == 60
+
+
+def test_the_purifying_system_is_attacked_through_both_faces(row: RowEvaluation) -> None:
+    first = row.report["systems"][0]
+    assert first["changes_inference"] and first["clean"]["n"] == 120
+    faces = [(c["suite"], c["attack"], c["view"], c["n"]) for c in first["cells"]]
+    assert faces == [
+        ("core", "pgd", "adaptive", 120), ("core", "pgd", "static", 120), ("extended", "fgsm", "adaptive", 60),
+        ("extended", "l2", "adaptive", 60), ("extended", "l2", "static", 60),
+    ]  # fmt: skip
+    core = first["worst"]["core"]
+    assert core["static"]["attacks"] == ["pgd"] and core["adaptive"]["attacks"] == ["pgd", "pgd (static)"]
+    assert core["adaptive"]["accuracy"] <= min(c["accuracy"] for c in first["cells"][:2])
+    assert first["worst"]["all"]["adaptive"]["n"] == 60
+    passes = [c["forwards"] for c in first["cells"]]
+    assert passes[0] > 2 and first["cells"][2]["forwards"] == 2 + 2  # a purified look is two passes; one verifies
+
+
+def test_the_secondary_mode_has_one_face_and_fewer_images(row: RowEvaluation) -> None:
+    second = row.report["systems"][1]
+    assert (second["mode"], second["primary"], second["sweep"]) == ("off", False, None)
+    assert [(c["view"], c["n"]) for c in second["cells"]] == [("adaptive", 50)] * 3
+    assert second["clean"]["n"] == 50 and second["worst"]["core"]["static"] is None
+
+
+def test_the_sweep_starts_from_the_clean_accuracy(row: RowEvaluation) -> None:
+    sweep = row.report["systems"][0]["sweep"]
+    assert sweep["radii"] == [0, 0.05, 0.1] and sweep["n"] == 60
+    assert sweep["accuracy"][0] > sweep["accuracy"][1] >= sweep["accuracy"][2]
+    assert all(low <= a <= high for low, a, high in zip(sweep["low"], sweep["accuracy"], sweep["high"], strict=True))
+
+
+def test_a_worst_case_leaves_out_images_beyond_the_threat_model(row: RowEvaluation) -> None:
+    """An l2 ball of radius 1 reaches far outside linf 0.1: alone, it fells images that the worst case keeps."""
+    second = row.report["systems"][1]
+    l2 = next(c for c in second["cells"] if c["attack"] == "l2")
+    assert l2["threat"]["text"] == "l2 1" and l2["linf_max"] > 0.1
+    assert l2["accuracy"] < second["worst"]["extended"]["adaptive"]["accuracy"]
+
+
+def test_the_kept_images_are_the_worst_inside_the_threat_model(row: RowEvaluation, data: EvaluationSet) -> None:
+    kept = row.adversarial
+    x = torch.from_numpy(kept["x_clean"])
+    x_adv = torch.from_numpy(kept["x_adv"])
+    assert x_adv.shape == (40, 1, 8, 8) and kept["x_adv"].dtype == np.float32
+    assert torch.equal(x, data.take(kept["indices"])[0])
+    assert ThreatModel("linf", 0.1).contains(x_adv, x).all()
+    assert np.array_equal(purified().decide(x_adv).numpy(), kept["prediction_adv"])
+    assert np.array_equal(purified().decide(x).numpy(), kept["prediction_clean"])
+    assert torch.equal(torch.from_numpy(kept["x_purified"]), Shift()(x_adv))
+    fallen = {
+        (r["index"], r["attack"])
+        for r in row.rows.to_pylist()
+        if r["system"] == "row" and r["success"] and r["suite"] in ("core", "extended") and r["linf"] <= 0.1 + 1e-6
+    }
+    down = {index for index, _ in fallen}
+    wrong = kept["prediction_adv"] != kept["labels"]
+    assert {int(i) for i in kept["indices"][wrong]} == down & {int(i) for i in kept["indices"]}
+    assert all((int(i), a) in fallen for i, a in zip(kept["indices"][wrong], kept["attack"][wrong], strict=True))
+
+
+def test_files_are_the_same_whoever_made_them(row: RowEvaluation, data: EvaluationSet, tmp_path: Path) -> None:
+    again = evaluate(
+        tmp_path / "ledger", data, [Candidate(purified(), "imt"), Candidate(plain(), "off", primary=False)],
+        params(sweep={"attack": "pgd", "options": {"steps": 4}, "radii": [0, 0.05, 0.1], "images": 60}), seed=3,
+    )  # fmt: skip
+    assert again.report == row.report
+    for name, result in (("a", row), ("b", again)):
+        (tmp_path / name).mkdir()
+        result.save(tmp_path / name)
+    for file in ("ledger.parquet", "adversarial.npz"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adversarial.npz", "ledger.parquet"]
+
+
+# --- what runs ----------------------------------------------------------------------------------------------
+
+
+def test_the_cost_is_told_first_and_is_an_upper_bound(data: EvaluationSet, tmp_path: Path) -> None:
+    said: list[str] = []
+    done = evaluate(tmp_path, data, [Candidate(plain())], said=said)
+    assert said[0].startswith("row: 3 cells, 240 images to attack, at most 1.5k forwards")
+    forwards = sum(int(r["forwards"]) for r in done.rows.to_pylist() if r["attack"] != "clean")
+    assert forwards - 240 <= 120 * 8 + 60 + 60 * 8  # one verification each beside it
+    said.clear()
+    evaluate(tmp_path, data, [Candidate(plain())], said=said)
+    assert said[0] == "row: nothing to compute: the ledger has it all"
+
+
+def test_the_budget_scales_the_steps(data: EvaluationSet, tmp_path: Path) -> None:
+    about = replace(ABOUT, budget=0.25)
+    done = evaluate(tmp_path, data, [Candidate(plain())], about=about)
+    cells = done.report["systems"][0]["cells"]
+    assert [c["spec"].get("steps") for c in cells] == [2, None, 2] and done.report["budget"] == 0.25
+    least = evaluate(tmp_path, data, [Candidate(plain())], about=replace(ABOUT, budget=0.01))
+    assert least.report["systems"][0]["cells"][0]["spec"]["steps"] == 1
+
+
+class Shy(TorchSystem):
+    """Changes its inference and shows no adaptive face."""
+
+    def views(self) -> dict[str, View]:
+        return {"static": super().views()["static"]}
+
+
+def test_without_an_adaptive_view_there_is_no_number(data: EvaluationSet, tmp_path: Path) -> None:
+    shy = Shy(trained_network(), input_shape=(1, 8, 8), num_classes=10, purification=Shift())
+    given = params(gate={}, sweep={"attack": "pgd", "radii": [0.1]})
+    entry = evaluate(tmp_path, data, [Candidate(shy)], given).report["systems"][0]
+    assert entry["cells"] == [] and entry["sweep"] is None and entry["gate"]["verdict"] == "not run"
+    assert entry["worst"] == {"all": {"adaptive": None, "static": None}}
+    assert "not evaluated" in entry["not_evaluated"] and entry["clean"]["n"] == 120
+
+
+class Noisy(TorchSystem):
+    """Needs averaging over draws."""
+
+    stochastic = True
+
+
+def test_a_stochastic_system_is_not_evaluated_either(data: EvaluationSet, tmp_path: Path) -> None:
+    said: list[str] = []
+    noisy = Noisy(trained_network(), input_shape=(1, 8, 8), num_classes=10)
+    entry = evaluate(tmp_path, data, [Candidate(noisy)], said=said).report["systems"][0]
+    assert (
+        entry["cells"] == [] and "answers with noise" in entry["not_evaluated"] and "answers with noise" in said[-1]
+    )
+
+
+class Mute(TorchSystem):
+    """Shows its scores only."""
+
+    def __init__(self) -> None:
+        super().__init__(trained_network(), input_shape=(1, 8, 8), num_classes=10)
+        self.offers = frozenset({"scores", "labels"})
+
+
+def test_what_a_system_does_not_offer_is_left_out_and_said(data: EvaluationSet, tmp_path: Path) -> None:
+    said: list[str] = []
+    suites = {"core": {"attacks": {**SUITES["core"]["attacks"], "transfer": {"attack": "transfer"}}}}
+    given = params(suites=suites, source="other", gate={})
+    entry = evaluate(tmp_path, data, [Candidate(Mute())], given, said, source=plain()).report["systems"][0]
+    assert [c["attack"] for c in entry["cells"]] == ["transfer", "corners"]
+    assert "row: pgd is left out: it needs gradient; this model offers labels and scores" in said
+    assert entry["gate"]["verdict"] == "not run" and entry["worst"]["core"]["adaptive"]["accuracy"] < 0.9
+
+
+class Armed(TorchSystem):
+    """Ships a procedure of its own."""
+
+    def adaptive_attacks(self) -> dict[str, Any]:
+        from casemate.attacks.gradient import MIM
+
+        return {"own": MIM(steps=3)}
+
+
+def test_a_systems_own_attacks_run_in_the_first_suite(data: EvaluationSet, tmp_path: Path) -> None:
+    armed = Armed(trained_network(), input_shape=(1, 8, 8), num_classes=10)
+    entry = evaluate(tmp_path, data, [Candidate(armed)]).report["systems"][0]
+    assert [(c["suite"], c["attack"], c["method"]) for c in entry["cells"]][1] == ("core", "own", "MIM")
+    assert "core/own" in entry["worst"]["all"]["adaptive"]["attacks"]
+
+
+def test_a_short_card_is_untrained() -> None:
+    assert replace(ABOUT, card={"effective_epochs": 0.5}).untrained
+    assert not replace(ABOUT, card={"effective_epochs": 1.0}).untrained
+
+
+def test_progress_is_told_per_cell(tmp_path: Path) -> None:
+    system: System = linear()
+    small = images(linear(), n=60)
+    seen: list[tuple[str, int, int]] = []
+    given = params(suites={"core": {"attacks": {"fgsm": {"attack": "fgsm"}}}}, chunk=25, subset=0)
+    evaluate_row(
+        ABOUT, [Candidate(system)], small, BALL, given, Ledger(tmp_path, 25), say=lambda _: None,
+        progress=lambda *what: seen.append(what),
+    )  # fmt: skip
+    assert seen == [("row core fgsm", 25, 60), ("row core fgsm", 50, 60), ("row core fgsm", 60, 60)]
+
+
+def test_an_attack_that_must_be_bound_and_cannot_is_refused() -> None:
+    with pytest.raises(UserError, match="attack 'gap' needs its weights"):
+        bind_source(plain())("gap", GAP())
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (59, "59 s"), (720, "12 min"), (12_600, "3.5 h")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+# --- parameters ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"suites": {"all": SUITES["core"]}}, "stands for the union"),
+        ({"suites": {}}, "at least 1"),
+        ({"suites": {"core": {"attacks": {"x": {"attack": "pdg"}}}}}, "unknown attack 'pdg'; did you mean 'pgd'"),
+        ({"suites": {"core": {"attacks": {"x": {"attack": "pgd", "options": {"steps": 0}}}}}}, "steps"),
+        ({"suites": {"core": {"attacks": {"x": {"attack": "pgd", "options": {"stepz": 1}}}}}}, "stepz"),
+        ({"suites": {"core": {"attacks": {"x": {"attack": "transfer"}}}}}, "needs evaluate.source"),
+        ({"sweep": {"attack": "pgd", "radii": [0.2, 0.1]}}, "radii must rise"),
+        ({"chunk": 0}, "chunk"),
+        ({"gate": {"step": 3}}, "step"),
+    ],
+)
+def test_wrong_parameters_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        params(**changes)
+
+
+def test_radii_may_be_fractions() -> None:
+    given = params(sweep={"attack": "pgd", "radii": ["2/255", "8/255"]})
+    assert given.sweep is not None and given.sweep.radii[1] == pytest.approx(8 / 255)

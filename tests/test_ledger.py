@@ -1,0 +1,378 @@
+"""The ledger: keys, resume, torn segments, kill -9, several processes, shards, determinism."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from evaluation_toys import BALL, Jitter, images, linear, segments
+
+from casemate.evaluation import keys
+from casemate.evaluation import segments as store
+from casemate.evaluation.images import EvaluationSet, evaluation_order
+from casemate.evaluation.ledger import Cell, Ledger, select, write_selection
+from casemate.evaluation.probes import Identity, RandomCorners
+from casemate.threat import ThreatModel
+
+SYSTEM = linear()
+DATA = images(SYSTEM)
+ORDER = evaluation_order(60)
+CHUNK = 10
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    Jitter.chunks.clear()
+    Jitter.pause = 0.0
+
+
+def run(root: Path, indices: list[int] | None = None, keep: int = 0) -> Cell:
+    where = ORDER if indices is None else indices
+    return Ledger(root, CHUNK).run(SYSTEM, DATA, Jitter(), BALL, "adaptive", where, 7, keep=keep)
+
+
+def same(a: Cell, b: Cell) -> bool:
+    return a.rows.keys() == b.rows.keys() and all(np.array_equal(a.rows[k], b.rows[k]) for k in a.rows)
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_what_the_system_says(tmp_path: Path) -> None:
+    cell = run(tmp_path, keep=60)
+    x, y = DATA.take(cell.rows["index"])
+    adversarial = cell.x_adv()
+    x_adv = torch.from_numpy(np.stack([adversarial[i] for i in cell.rows["index"]]))
+    assert np.array_equal(cell.rows["index"], np.arange(60))
+    assert np.array_equal(cell.rows["clean_prediction"], SYSTEM.decide(x))
+    assert np.array_equal(cell.rows["prediction"], SYSTEM.decide(x_adv))
+    wrong = (SYSTEM.decide(x) != y) | (SYSTEM.decide(x_adv) != y)
+    assert np.array_equal(cell.rows["success"], wrong)
+    assert cell.rows["success"][:5].all() and 5 < cell.rows["success"].sum() < 60
+    assert np.allclose(cell.rows["linf"], (x_adv - x).abs().flatten(1).amax(1))
+    assert np.allclose(cell.rows["l2"], (x_adv - x).flatten(1).norm(dim=1))
+    assert (cell.rows["queries"] == 1).all() and (cell.rows["forwards"] == 1).all()  # one look, one verification
+
+
+def test_the_clean_cell_is_the_clean_accuracy(tmp_path: Path) -> None:
+    clean = Ledger(tmp_path, CHUNK).clean(SYSTEM, DATA, ORDER)
+    assert clean.rows["success"].sum() == clean.clean_error.sum() == 5
+    assert clean.rows["linf"].max() == 0
+
+
+def test_the_order_of_images_is_nested() -> None:
+    assert sorted(evaluation_order(1000)) == list(range(1000))
+    assert [i for i in evaluation_order(1000) if i < 60] == evaluation_order(60)
+
+
+# --- resume -------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_computed_twice(tmp_path: Path) -> None:
+    first = run(tmp_path, ORDER[:30])
+    assert Jitter.chunks == [10, 10, 10]
+    whole = run(tmp_path)
+    assert len(Jitter.chunks) == 6
+    assert same(run(tmp_path), whole) and len(Jitter.chunks) == 6
+    assert same(whole.at(first.rows["index"]), first)
+
+
+def test_progress_counts_found_and_computed_images(tmp_path: Path) -> None:
+    run(tmp_path, ORDER[:20])
+    seen: list[int] = []
+    Ledger(tmp_path, CHUNK).run(SYSTEM, DATA, Jitter(), BALL, "adaptive", ORDER[:35], 7, progress=seen.append)
+    assert seen == [10, 10, 10, 5]
+
+
+def test_reading_computes_nothing_and_says_what_is_missing(tmp_path: Path) -> None:
+    run(tmp_path, ORDER[:20])
+    found = Ledger(tmp_path, CHUNK).read(SYSTEM, DATA, Jitter(), BALL, "adaptive", ORDER, 7)
+    assert (len(found), found.asked, found.complete) == (20, 60, False)
+    assert Jitter.chunks == [10, 10]
+
+
+def test_shards_by_image_range_join(tmp_path: Path) -> None:
+    run(tmp_path / "shards", ORDER[40:])
+    run(tmp_path / "shards", ORDER[:40])
+    Jitter.chunks.clear()
+    joined = run(tmp_path / "shards")
+    assert not Jitter.chunks
+    assert same(joined, run(tmp_path / "whole"))
+
+
+def test_adversarial_images_are_kept_when_asked(tmp_path: Path) -> None:
+    assert not run(tmp_path).x_adv()
+    kept = run(tmp_path, keep=15)
+    assert len(Jitter.chunks) == 6 + 2  # the two chunks that hold the first 15, again
+    assert set(kept.x_adv()) == set(ORDER[:20])
+    assert same(kept, run(tmp_path / "other"))
+    run(tmp_path)
+    assert len(Jitter.chunks) == 6 + 2 + 6
+
+
+# --- torn segments ------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip(path: Path) -> None:
+    path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 3))
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]
+
+
+def another_cell(path: Path) -> None:
+    """A sound file of another key in its place."""
+    where = path.parent.parent.parent / "foreign"
+    Ledger(where, CHUNK).run(SYSTEM, DATA, Jitter(flavour=9), BALL, "adaptive", ORDER[:10], 7)
+    attacked = [p for p in segments(where) if "flavour" in pq.read_schema(p).metadata[b"key"].decode()]
+    path.write_bytes(attacked[0].read_bytes())
+
+
+def altered_rows(path: Path) -> None:
+    """A sound file whose rows are not those of its checksum."""
+    table = pq.read_table(path)
+    at = table.column_names.index("success")
+    pq.write_table(table.set_column(at, "success", [np.ones(len(table), bool)]), path)
+
+
+@pytest.mark.parametrize("tear", [truncate, empty, flip, another_cell, altered_rows])
+def test_a_torn_segment_is_said_and_redone(tmp_path: Path, tear: object, caplog: pytest.LogCaptureFixture) -> None:
+    whole = run(tmp_path / "a", keep=60)
+    victim = next(p for p in segments(tmp_path / "a") if ".images" in p.name)
+    tear(victim)  # type: ignore[operator]
+    Jitter.chunks.clear()
+    with caplog.at_level(logging.WARNING):
+        again = run(tmp_path / "a", keep=60)
+    assert Jitter.chunks.count(10) >= 1 and "torn segment" in caplog.text and victim.name in caplog.text
+    assert same(again, whole) and again.x_adv().keys() == whole.x_adv().keys()
+
+
+def test_no_flipped_byte_changes_a_row_unseen(tmp_path: Path) -> None:
+    cell = run(tmp_path, ORDER[:10], keep=10)
+    path = cell.kept[0]
+    content, images_before = path.read_bytes(), cell.x_adv()
+    seen = 0
+    for at in range(0, len(content), 53):
+        path.write_bytes(flipped(content, at))
+        try:
+            rows = store.read(path, cell.key)
+            pictures = store.read_images(path)
+        except (OSError, ValueError, KeyError):
+            seen += 1
+            continue
+        found = np.argsort(rows["index"])
+        assert all(np.array_equal(rows[k][found], cell.rows[k]) for k in cell.rows)
+        assert all(np.array_equal(pictures[i], images_before[i]) for i in images_before)
+    assert seen > 10
+
+
+def test_old_temporary_files_are_cleared(tmp_path: Path) -> None:
+    run(tmp_path, ORDER[:10])
+    folder = segments(tmp_path)[0].parent
+    old, new = folder / ".x.1.tmp", folder / ".x.2.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    for path in segments(tmp_path):
+        path.unlink()
+    run(tmp_path, ORDER[:10])
+    assert not old.exists() and new.exists()
+
+
+# --- processes ----------------------------------------------------------------------------------------------
+
+
+def slow_run(root: Path, indices: list[int]) -> None:
+    torch.set_num_threads(1)
+    Jitter.pause = 0.1
+    run(root, indices)
+
+
+def start(root: Path, indices: list[int]) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("fork").Process(target=slow_run, args=(root, indices))
+    process.start()
+    return process
+
+
+def attacked(root: Path) -> int:
+    return sum("Jitter" in str(pq.read_schema(p).metadata[b"key"]) for p in segments(root))
+
+
+def test_kill_minus_nine_loses_at_most_a_chunk(tmp_path: Path) -> None:
+    process = start(tmp_path / "killed", ORDER)
+    deadline = time.monotonic() + 30
+    while attacked(tmp_path / "killed") < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    done = attacked(tmp_path / "killed")
+    assert process.exitcode == -signal.SIGKILL and 2 <= done < 6
+    resumed = run(tmp_path / "killed")
+    assert len(Jitter.chunks) == 6 - done
+    assert same(resumed, run(tmp_path / "whole"))
+
+
+def test_two_processes_fill_one_ledger(tmp_path: Path) -> None:
+    both = [start(tmp_path / "shared", ORDER), start(tmp_path / "shared", ORDER[30:] + ORDER[:30])]
+    for process in both:
+        process.join(60)
+    assert [p.exitcode for p in both] == [0, 0]
+    shared = run(tmp_path / "shared")
+    assert not Jitter.chunks
+    assert same(shared, run(tmp_path / "alone"))
+    assert not list((tmp_path / "shared").rglob("*.tmp"))
+
+
+# --- keys ---------------------------------------------------------------------------------------------------
+
+
+def key(**changes: object) -> str:
+    given = {"system": SYSTEM, "attack": Jitter(), "threat": BALL, "view": "adaptive", "seed": 7, **changes}
+    return keys.digest(keys.cell_key(*given.values()))  # type: ignore[arg-type]
+
+
+def test_everything_that_decides_is_in_the_key() -> None:
+    base = key()
+    assert key(attack=Jitter()) == base and key(system=linear()) == base
+    others = [
+        key(attack=Jitter(flavour=1)), key(attack=Identity()), key(seed=8), key(view="static"),
+        key(threat=ThreatModel("linf", 0.2)), key(threat=ThreatModel("l2", 0.1)), key(system=linear(seed=1)),
+    ]  # fmt: skip
+    assert len({base, *others}) == 1 + len(others)
+
+
+def test_images_are_in_the_key() -> None:
+    other = images(SYSTEM)
+    other.images.images[ORDER[0], 0, 0, 0] ^= 1
+    relabelled = images(SYSTEM, wrong=60)
+    prints = {d.fingerprint(ORDER[:10]) for d in (DATA, other, relabelled)} | {DATA.fingerprint(ORDER[10:20])}
+    assert len(prints) == 4
+
+
+ATTACK = '''
+from typing import ClassVar
+from casemate.attacks.base import Attack
+from casemate.fields import spec
+
+@spec
+class Mine(Attack):
+    """Doc."""
+    needs: ClassVar = frozenset({"labels"})
+
+    def run(self, view, x, goal, threat, seed, cost):
+        return threat.project(x + threat.radius, x)
+'''
+
+
+def code_key(tmp_path: Path, source: str, stamp: int) -> str:
+    path = tmp_path / "own_attack.py"
+    path.write_text(source)
+    os.utime(path, (stamp, stamp))
+    sys.modules.pop("own_attack", None)
+    importlib.invalidate_caches()
+    return key(attack=importlib.import_module("own_attack").Mine())
+
+
+def test_a_comment_keeps_the_key_and_code_changes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    base = code_key(tmp_path, ATTACK, 1)
+    assert code_key(tmp_path, ATTACK.replace('"""Doc."""', '"""Other."""  # why'), 2) == base
+    assert code_key(tmp_path, ATTACK.replace("x + threat", "x - threat"), 3) != base
+    assert code_key(tmp_path, ATTACK, 4) == base
+
+
+def test_the_engine_and_the_network_are_code_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from casemate.attacks.gradient import PGD
+    from casemate.attacks.transfer import Transfer
+
+    def changed(part: str, attack: object) -> bool:
+        before = key(attack=attack)
+        plain = keys._hash.__wrapped__
+        monkeypatch.setattr(keys, "_hash", lambda p, m: plain(p, m) + ("*" if p.stem == part else ""))
+        after = key(attack=attack)
+        monkeypatch.undo()
+        return before != after
+
+    assert changed("engine", PGD()) and changed("objectives", PGD()) and changed("threat", Jitter())
+    assert changed("system", Jitter())
+    assert not changed("engine", Jitter()) and not changed("registry", PGD()) and not changed("errors", PGD())
+    assert not changed("learned", PGD()) and not changed("transfer", PGD())
+    assert changed("evaluation_toys", Jitter())
+    assert changed("transfer", Transfer().with_source(linear(3)))
+
+
+def test_libraries_are_not_code_of_ours() -> None:
+    assert keys.source_path("casemate.threat") is not None and keys.source_path("evaluation_toys") is not None
+    assert not any(map(keys.source_path, ("torch.nn", "numpy", "pathlib", "builtins", "no_such_module")))
+
+
+def test_a_transfer_is_known_by_its_source() -> None:
+    from casemate.attacks.transfer import Transfer
+
+    assert key(attack=Transfer().with_source(linear(3))) != key(attack=Transfer().with_source(linear(4)))
+
+
+def test_every_system_meets_the_same_noise(tmp_path: Path) -> None:
+    other = linear(seed=5)
+    mine, theirs = (
+        Ledger(tmp_path, CHUNK).run(s, DATA, Jitter(), BALL, "adaptive", ORDER[:10], 7, keep=10)
+        for s in (SYSTEM, other)
+    )
+    for index, image in mine.x_adv().items():
+        assert np.array_equal(image, theirs.x_adv()[index])
+
+
+# --- selection ----------------------------------------------------------------------------------------------
+
+
+def test_a_selection_does_not_depend_on_how_it_was_filled(tmp_path: Path) -> None:
+    run(tmp_path / "b", ORDER[30:])
+    cells = {name: run(tmp_path / name) for name in ("a", "b")}
+    clean = Ledger(tmp_path / "a", CHUNK).clean(SYSTEM, DATA, ORDER)
+    write_selection(select([({"attack": "jitter"}, cells["a"]), ({"attack": "clean"}, clean)]), tmp_path / "1")
+    write_selection(select([({"attack": "clean"}, clean), ({"attack": "jitter"}, cells["b"])]), tmp_path / "2")
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    table = pq.read_table(tmp_path / "1")
+    assert table.num_rows == 120 and table["attack"].to_pylist() == ["clean"] * 60 + ["jitter"] * 60
+    assert table["index"].to_pylist() == [*range(60), *range(60)]
+
+
+def test_random_corners_keep_the_first_success(tmp_path: Path) -> None:
+    one, many = (
+        Ledger(tmp_path, CHUNK).run(SYSTEM, DATA, RandomCorners(tries=t), BALL, "adaptive", ORDER, 7, keep=60)
+        for t in (1, 20)
+    )
+    assert (many.rows["success"] >= one.rows["success"]).all() or many.rows["success"].sum() > one.rows[
+        "success"
+    ].sum()
+    fell = many.rows["success"] & ~many.clean_error
+    assert fell.any() and (many.rows["queries"][fell] <= 20).all()
+    assert (many.rows["queries"][~many.rows["success"]] == 20).all()
+    assert many.rows["linf"].max() <= 0.1 + 1e-6
+
+
+def test_an_evaluation_set_hands_out_unit_range_images() -> None:
+    x, y = EvaluationSet(DATA.images).take([3, 1])
+    assert x.shape == (2, 1, 4, 4) and x.dtype == torch.float32 and y.dtype == torch.int64
+    assert float(x[0, 0, 2, 1]) == pytest.approx(DATA.images.images[3, 2, 1, 0] / 255)

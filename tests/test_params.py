@@ -1,0 +1,118 @@
+"""params.yaml: every profile is valid, every kind of mistake gets one line that names its path and the mend."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from casemate.errors import UserError
+from casemate.fields import fraction
+from casemate.params import check_params, load_params
+from pipeline import profile
+
+PROFILES = sorted(p.stem for p in profile.PROFILES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profiles_are_valid_and_named_by_their_file(name: str) -> None:
+    assert check_params(profile.resolved(name)).profile == name
+
+
+def test_the_committed_params_are_the_default_profile() -> None:
+    assert Path("params.yaml").read_text() == profile.text("mnist")
+
+
+def put(path: str, value: Any) -> dict[str, Any]:
+    """The default profile with one value changed."""
+    content = copy.deepcopy(profile.resolved("mnist"))
+    at: Any = content
+    *head, last = path.split(".")
+    for key in head:
+        at = at[key]
+    at[last] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("sed", 1, ["sed: unknown key", "did you mean 'seed'"]),
+        ("defenses.trades.options.bta", 1.0, ["defenses.trades.options.bta: unknown key", "'beta'"]),
+        ("defenses.trades.recipe.epoch", 3, ["defenses.trades.recipe", "epoch", "'epochs'"]),
+        ("defenses.trades.method", "trads", ["defenses.trades", "unknown defense 'trads'", "'trades'"]),
+        ("evaluate.suites.extended.attacks.fgsm.attack", "fgms", ["fgsm", "unknown attack 'fgms'", "'fgsm'"]),
+        ("evaluate.suites.extended.attacks.pgd40.options.step", 1, ["pgd40", "step: unknown key", "'steps'"]),
+        ("dataset", "mnits", ["dataset", "unknown dataset 'mnits'", "'mnist'"]),
+        ("network.name", "lenet", ["network", "unknown network 'lenet'", "'lenet5'"]),
+        ("threat.radius", -0.1, ["threat.radius", "greater than or equal to 0", "-0.1"]),
+        ("threat.radius", "8/0", ["threat.radius", "8/0"]),
+        ("threat.norm", "l3", ["threat.norm", "l3"]),
+        ("seed", True, ["seed", "True"]),
+        ("budget", 0, ["budget", "greater than 0"]),
+        ("defenses.at_pgd.options.steps", 0, ["defenses.at_pgd.options.steps", "greater than or equal to 1"]),
+        ("evaluate.models", ["standard", "at_pdg"], ["evaluate.models", "no row 'at_pdg'", "'at_pgd'"]),
+        ("device", "gpu", ["device", "gpu"]),
+        ("threat", {"norm": "linf"}, ["threat.radius: this key is needed"]),
+    ],
+)
+def test_mistakes_name_their_path_and_the_mend(path: str, value: Any, expected: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        check_params(put(path, value))
+    message = str(caught.value)
+    assert "\n" not in message
+    for words in expected:
+        assert words in message
+
+
+def test_a_row_under_pretrain_and_defenses_is_refused() -> None:
+    content = put("defenses.standard", profile.resolved("mnist")["pretrain"]["standard"])
+    with pytest.raises(UserError, match=r"defenses.standard: this row is under pretrain too"):
+        check_params(content)
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("- 1")
+    with pytest.raises(UserError, match="mapping"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.3", 0.3), (0.3, 0.3), ("1e-3", 1e-3)])
+def test_fractions(text: Any, value: float) -> None:
+    assert fraction(text) == value
+
+
+@pytest.mark.parametrize("text", ["8/255/2", "nan", "inf", "__import__('os')", True, "1/0"])
+def test_what_is_no_fraction(text: Any) -> None:
+    with pytest.raises(ValueError):
+        fraction(text)
+
+
+def test_a_profile_edited_by_hand_is_not_lost(tmp_path: Path) -> None:
+    target = tmp_path / "params.yaml"
+    profile.write("quick", target)
+    profile.write("smoke", target)  # unedited: replaced without a word
+    edited = target.read_text().replace("seed: 0", "seed: 7")
+    target.write_text(edited)
+    with pytest.raises(UserError, match="edited by hand"):
+        profile.write("quick", target)
+    assert target.read_text() == edited
+    profile.write("quick", target, force=True)
+    assert yaml.safe_load(target.read_text())["profile"] == "quick"
+
+
+def test_an_unknown_profile_names_the_near_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'mnist'"):
+        profile.write("mnst", tmp_path / "params.yaml")
+
+
+def test_replace_in_a_profile_drops_the_rest() -> None:
+    assert profile.merged({"a": {"x": 1}, "b": 1}, {"a": {"replace": True, "y": 2}}) == {"a": {"y": 2}, "b": 1}

@@ -1,0 +1,315 @@
+"""The leaderboard's rules, and the page: self-contained, escaped, reproducible, readable on a phone."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_reporting_samples import HOLDS, SEEMS, dump, evaluation, rows, system, write_images, write_profile
+
+from casemate.errors import UserError
+from casemate.reporting import Leaderboard, ReportInputs, build, champion, words, write_overview, write_report
+from casemate.reporting.gallery import gallery, pick
+from casemate.reporting.heatmap import heat_map
+from casemate.reporting.theme import PLACEHOLDERS
+
+CHROMIUM = shutil.which("chromium")
+
+
+def board(tmp_path: Path, *found: dict[str, Any]) -> Leaderboard:
+    for one in found:
+        dump(tmp_path / f"evaluate/{one['row']}.json", one)
+    return build(ReportInputs.load("mnist", tmp_path, tmp_path, [one["row"] for one in found]))
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole report of the sample profile, and a scaled-down one beside it; returns the folder of both."""
+    root = tmp_path_factory.mktemp("reporting")
+    write_report(write_profile(root, rows()), root / "reports/mnist")
+    small = write_profile(root, [rows()[1] | {"budget": 0.1}], "quick")
+    write_report(small, root / "reports/quick")
+    return root / "reports"
+
+
+@pytest.fixture(scope="module")
+def page(reports: Path) -> str:
+    return (reports / "mnist/index.html").read_text()
+
+
+# --- the leaderboard ------------------------------------------------------------------------------------------
+
+
+def test_systems_are_ranked_by_the_adaptive_worst_case_and_the_doubtful_are_not(tmp_path: Path) -> None:
+    found = board(tmp_path, *rows())
+    assert [(e.rank, e.system) for e in found.ranked] == [
+        (1, "trades"), (2, "at_pgd"), (3, "atld+off"), (4, "atld"), (5, "atld+limited"), (6, "standard"),
+    ]  # fmt: skip
+    assert [(e.system, e.status) for e in found.unranked] == [
+        ("brief", "untrained"), ("opaque", "not evaluated"), ("half", "incomplete"), ("masked", "unreliable"),
+    ]  # fmt: skip
+
+
+def test_a_tie_over_all_attacks_is_settled_by_the_core_suite(tmp_path: Path) -> None:
+    first, second = (evaluation(name, [system(name, "plain", 0.98, HOLDS)]) for name in "ab")
+    second["systems"][0]["worst"]["core"]["adaptive"]["accuracy"] = 0.95
+    assert [e.system for e in board(tmp_path, first, second).ranked] == ["b", "a"]
+
+
+def test_the_gravest_reason_is_given(tmp_path: Path) -> None:
+    doubtful = system("x", "plain", 0.98, HOLDS, verdict="unreliable", incomplete=["fgsm"])
+    both = evaluation("x", [doubtful], untrained=True)
+    assert board(tmp_path, both).entries[0].status == "untrained"
+    assert board(tmp_path, both | {"untrained": False}).entries[0].status == "incomplete"
+
+
+def test_the_figures_of_an_entry(tmp_path: Path) -> None:
+    entry = next(e for e in board(tmp_path, *rows()).entries if e.system == "atld")
+    assert (entry.clean, entry.clean_n) == (0.9789, 10_000)
+    assert (entry.worst_all, entry.worst_all_n, entry.worst_core) == (0.208, 1_000, 0.239)
+    assert (entry.static_worst, entry.static_verdict, entry.gap) == (0.718, "unreliable", 0.51)
+    assert (entry.strongest_attack, entry.attacks) == ("pgd40_restarts5", 16)  # pgd_l2 is under another threat model
+    assert (entry.forwards, entry.backwards) == (1298, 1282)  # the sums of the attacks' means, on both faces
+    assert (entry.epochs, entry.train_seed, entry.budget) == (12, 0, 1.0)
+
+
+def test_the_champion_is_the_best_whose_gate_says_ok(tmp_path: Path) -> None:
+    found = rows()
+    found[2]["systems"][0]["gate"] = {"verdict": "not run", "checks": []}  # trades, ranked first
+    ranked = board(tmp_path, *found)
+    best = champion(ranked)
+    assert ranked.ranked[0].system == "trades" and best is not None and best.system == "at_pgd"
+    assert [e.system for e in ranked.entries if e.champion] == ["at_pgd"]
+    assert champion(board(tmp_path, *rows()[4:])) is None
+
+
+def test_rows_of_different_threat_models_do_not_share_a_ranking(tmp_path: Path) -> None:
+    other = rows()[2] | {"threat": {"norm": "l2", "radius": 1.5, "text": "l2 1.5"}}
+    with pytest.raises(UserError, match=r"at_pgd: mnist, linf 0.3; trades: mnist, l2 1.5"):
+        board(tmp_path, rows()[1], other)
+
+
+def test_csv_and_json_agree_and_read_back(reports: Path) -> None:
+    stored = json.loads((reports / "mnist/leaderboard.json").read_text())
+    with (reports / "mnist/leaderboard.csv").open(newline="") as lines:
+        table = list(csv.DictReader(lines))
+    assert stored["champion"] == "trades" and len(table) == len(stored["rows"]) == 10
+    for line, row in zip(table, stored["rows"], strict=True):
+        assert line == {key: "" if value is None else str(value) for key, value in row.items()}
+    again = Leaderboard.read(reports / "mnist/leaderboard.json")
+    assert stored["figures"]["atld"] == {
+        "clean": 0.9789,
+        "worst_core": 0.239,
+        "worst_all": 0.208,
+        "static_worst": 0.718,
+    }
+    assert again.json() == (reports / "mnist/leaderboard.json").read_text()
+
+
+def test_the_finding_states_its_conditions(tmp_path: Path) -> None:
+    said = words.finding(board(tmp_path, *rows()))
+    assert said == (
+        "trades holds best: it classifies 92.5% of MNIST test images correctly under the worst of 8 attacks "
+        "at ℓ∞ radius 0.3 (95% interval 90.7 to 94.0, n\u00a0=\u00a01,000) and 98.5% without attack, "
+        "in one training run (seed 0) at full budget."
+    )
+    overlap, gap = words.remarks(board(tmp_path, *rows()))
+    assert "overlaps that of at_pgd" in overlap and gap.startswith("atld+limited seems to keep 72.8%")
+    assert words.finding(board(tmp_path, rows()[4])) == "No system can be ranked: masked is judged unreliable."
+    assert words.finding(board(tmp_path, rows()[0])).startswith("No system holds: the best of them, standard,")
+
+
+def test_figures_in_words() -> None:
+    assert [words.percent(v) for v in (None, 0.0, 0.92345, 1.0)] == ["–", "0.0", "92.3", "100.0"]
+    assert [words.points(v) for v in (None, 0.5, -0.0123, 0.0)] == ["–", "+50.0", "−1.2", "0.0"]
+    assert [words.count(v) for v in (None, 10_000, 12.34, 3.0)] == ["–", "10,000", "12.3", "3"]
+    assert words.threat("linf 8/255") == "ℓ∞ radius 8/255"
+
+
+def test_the_heat_map_puts_adaptive_and_static_side_by_side(tmp_path: Path) -> None:
+    inputs = write_profile(tmp_path, rows()[:4])
+    heat = heat_map(inputs, build(inputs).entries)
+    assert [(g.system, g.faces) for g in heat.groups][3] == ("atld", ("adaptive", "static"))
+    by_attack = {line.attack: [c and c.accuracy for c in line.cells] for line in heat.lines}
+    #                              trades at_pgd +off   atld, its static   +limited, its static  standard
+    assert by_attack["pgd100_ce"] == pytest.approx([0.934, 0.931, 0.281, 0.251, 0.752, 0.231, 0.762, 0.0])
+    assert list(by_attack)[-1] == "worst case" and by_attack["worst case"][3:5] == [0.208, 0.718]
+    assert {line.attack: line.sizes for line in heat.lines}["mim40"] == (1_000,)
+    assert {line.attack: line.threat for line in heat.lines if line.threat} == {"pgd_l2": "l2 2"}
+
+
+# --- the page -------------------------------------------------------------------------------------------------
+
+
+def test_the_page_asks_for_nothing_from_outside(page: str) -> None:
+    assert not re.search(r"https?:|@import|<script|<link|<iframe|srcset", page)
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', page) + re.findall(r"url\(([^)]*)\)", page)
+    assert addresses and all(re.match(r"#|data:image/png;base64,|leaderboard\.(csv|json)$", a) for a in addresses)
+    assert "default-src 'none'" in page
+
+
+def test_every_link_inside_the_page_has_its_place_and_no_identifier_is_used_twice(page: str) -> None:
+    identifiers = re.findall(r'\sid="([^"]+)"', page)
+    assert len(identifiers) == len(set(identifiers))
+    assert set(re.findall(r'href="#([^"]+)"', page)) | set(re.findall(r"url\(#([^)]+)\)", page)) <= set(identifiers)
+
+
+def test_the_page_fits_phones_and_both_colour_schemes(page: str) -> None:
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert "prefers-color-scheme: dark" in page and "tabular-nums" in page
+    assert page.count('<svg class="wide"') == page.count('<svg class="narrow"') == 3
+    assert not any(placeholder in page for placeholder in PLACEHOLDERS.values())
+
+
+def test_the_page_tells_what_is_known_of_each_system(page: str) -> None:
+    for text in ("Not ranked", "not evaluated", "+51.0", "90.7 – 94.0", "no adaptive attack on it has been run",
+                 "cw_margin not finished", "8.6e-07", "recipe.lr", "3d1c07aa51e9f204", "more steps do not hurt",
+                 "purified", "9f3a61c2d07be845"):  # fmt: skip
+        assert text in page.replace("<wbr>", ""), text
+    assert "Scaled-down run" not in page
+
+
+def test_a_scaled_down_run_says_so(reports: Path) -> None:
+    assert "cut to 0.1 of the full settings" in (reports / "quick/index.html").read_text()
+
+
+class Tags(HTMLParser):
+    """The (tag, attribute) pairs of a page, as a browser would read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[str, str]] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found |= {(tag, name) for name, _ in attrs}
+
+    @classmethod
+    def of(cls, text: str) -> set[tuple[str, str]]:
+        reader = cls()
+        reader.feed(text)
+        return reader.found
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    evil = '<img src=x onerror="a">$\\frac&'
+    one = evaluation("x", [system("x", evil, 0.98, HOLDS, SEEMS)], method=evil, network=evil, classes=[evil] * 10)
+    one["card"][evil] = evil
+    one["systems"][0] |= {"name": evil}
+    one["systems"][0]["cells"][0]["attack"] = evil
+    one["systems"][0]["gate"]["checks"][0] |= {"name": evil, "detail": evil}
+    text = write_report(write_profile(tmp_path, [one]), tmp_path / "out").read_text()
+    write_overview(tmp_path)
+    for shown in (text, (tmp_path / "index.html").read_text()):
+        assert shown.replace("<wbr>", "").count("&lt;img src=x") >= 4
+        assert not any(attribute == "onerror" for _, attribute in Tags.of(shown))
+    assert ("img", "alt") in Tags.of(text)
+
+
+def test_equal_inputs_give_equal_bytes(reports: Path, tmp_path: Path) -> None:
+    inputs = write_profile(tmp_path, [rows()[1] | {"budget": 0.1}], "quick")
+    write_report(inputs, tmp_path / "out")
+    names = [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert {"index.html", "gallery_at_pgd.png", "leaderboard.png", "leaderboard.csv"} <= {p.name for p in names}
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (reports / "quick" / name).read_bytes(), name
+    for picture in (tmp_path / "out").rglob("*.png"):
+        with Image.open(picture) as opened:
+            assert not {"Software", "Creation Time", "date"} & set(opened.info)
+
+
+def test_an_evaluation_alone_makes_a_report_and_old_plots_go(tmp_path: Path) -> None:
+    bare = rows()[1]
+    bare["systems"][0] |= {"sweep": None, "cells": []}
+    dump(tmp_path / "evaluate/at_pgd.json", bare)
+    write_images(tmp_path / "evaluated/at_pgd/adversarial.npz", purified=False, seed=0)
+    write_report(ReportInputs.load("mnist", tmp_path, tmp_path), tmp_path)
+    assert (tmp_path / "plots/gallery_at_pgd.png").exists()
+    shutil.rmtree(tmp_path / "evaluated")
+    text = write_report(ReportInputs.load("mnist", tmp_path, tmp_path), tmp_path).read_text()
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["worst_case.png"]
+    assert "<h3>Images" not in text and 'id="training"' not in text and 'id="attacks"' not in text
+
+
+def test_the_overview_shows_every_profile_the_default_one_first(reports: Path) -> None:
+    text = write_overview(reports).read_text()
+    assert [m.start() for m in re.finditer(r'id="profile-(mnist|quick)"', text)] == sorted(
+        [text.index('id="profile-mnist"'), text.index('id="profile-quick"')]
+    )
+    assert 'href="quick/index.html#system-at-5f-pgd"' in text and "budget 0.1: not comparable" in text
+    assert not re.search(r"https?:|<script|<link", text) and '<svg class="narrow"' in text
+    assert 'id="system-at-5f-pgd"' in (reports / "quick/index.html").read_text()
+    assert write_overview(reports, default="quick").read_text().index("quick") < text.index("quick")
+    with pytest.raises(UserError, match="holds no leaderboard"):
+        write_overview(reports / "mnist")
+
+
+# --- images ---------------------------------------------------------------------------------------------------
+
+
+def test_the_first_image_of_each_class_is_shown() -> None:
+    assert pick(np.array([3, 3, 1, 0, 3, 1]), shown=4) == [3, 2, 0, 1]
+    assert len(pick(np.arange(100))) == 10
+
+
+def test_a_gallery_in_colour_with_named_classes_and_rejections(tmp_path: Path) -> None:
+    path = tmp_path / "adversarial.npz"
+    x = np.full((2, 3, 4, 4), 0.5, np.float32)
+    labels = {"indices": [7, 9], "labels": [1, 0], "prediction_clean": [1, 1], "prediction_adv": [-1, 0]}
+    np.savez(path, x_clean=x, x_adv=x + 0.25, **labels)
+    found = gallery(path, ("cat", "dog"), 0.5)
+    assert found is not None and found.kinds == ("clean", "adversarial", "difference") and found.scale == 0.5
+    cat, dog = found.samples
+    assert (cat.index, cat.label, cat.prediction_clean) == (9, "cat", "dog")
+    assert (cat.clean_right, cat.adv_right) == (False, True)
+    assert (dog.prediction_adv, dog.adv_right) == ("rejected", False)
+    np.testing.assert_allclose(found.images["difference"], 0.75)
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "adversarial.npz"
+    path.write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(UserError, match=r"adversarial.npz cannot be read"):
+        gallery(path, (), 0.3)
+    np.savez(path, labels=np.zeros(1))
+    with pytest.raises(UserError, match="has no indices"):
+        gallery(path, (), 0.3)
+    np.savez(path)
+    assert gallery(path, (), 0.3) is None
+
+
+# --- the whole ------------------------------------------------------------------------------------------------
+
+
+def test_the_report_needs_no_torch() -> None:
+    code = "import sys, casemate.reporting; assert not {'torch', 'mlflow', 'matplotlib.pyplot'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_no_page_is_wider_than_a_phone(reports: Path, tmp_path: Path) -> None:
+    """Laid out by a browser in a frame of 390 pixels: only the tables scroll, not the page."""
+    assert CHROMIUM is not None
+    write_overview(reports)
+    measure = "[...document.querySelectorAll('iframe')].map(f => f.contentDocument.documentElement.scrollWidth)"
+    pages = ("index.html", "mnist/index.html")
+    frames = "".join(f'<iframe width="390" style="border:0" src="{p}"></iframe>' for p in pages)
+    (reports / "frame.html").write_text(f'<body onload="document.title={measure}.join()">{frames}</body>')
+    options = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+        "--disable-component-update", "--allow-file-access-from-files", "--hide-scrollbars",
+        f"--user-data-dir={tmp_path}",
+    ]  # fmt: skip
+    address = (reports / "frame.html").as_uri()
+    shown = subprocess.run([CHROMIUM, *options, "--dump-dom", address], capture_output=True, text=True, timeout=120)
+    assert "<title>390,390</title>" in shown.stdout
