@@ -8,8 +8,10 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 STATE = Path(".casemate")
 """Git-ignored: checkpoints, the ledger, the MLflow store."""
+
+SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh", "ash", "busybox"}
+"""What may stand between an engine and its stage."""
 
 Run = Callable[["Params", argparse.Namespace], None]
 
@@ -30,7 +35,7 @@ def stage(run: Run, *, doc: str | None, arguments: dict[str, str] | None = None)
     for name, text in (arguments or {}).items():
         parser.add_argument(f"--{name}", required=True, help=text)
     options = parser.parse_args()
-    die_with_parent()
+    end_with_engine()
     with one_line_errors():
         from casemate.params import load_params
 
@@ -63,16 +68,25 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def die_with_parent() -> None:
-    """Ask Linux to end this process if the engine that started it is killed, so that no orphan goes on."""
+def end_with_engine() -> None:
+    """End this stage if the engine that started it is killed: no orphan goes on behind the next run's back."""
     if sys.platform != "linux" or os.environ.get("DVC_STAGE") is None:
         return
-    import ctypes
+    engine = os.getppid()
+    with suppress(FileNotFoundError):  # killed already: the loop below ends the stage at once
+        while _name(engine) in SHELLS:  # some shells wait for their command instead of becoming it
+            engine = int(Path(f"/proc/{engine}/stat").read_text().rpartition(")")[2].split()[1])
 
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() == 1:  # the parent was gone before the call
-        sys.exit(_fail("the engine that started this stage is gone", 143))
+    def follow() -> None:
+        while Path(f"/proc/{engine}").exists():
+            time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
 def set_threads(threads: int) -> None:

@@ -65,12 +65,17 @@ class Project:
     def snakemake(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return self.python("-m", "snakemake", *arguments, check=check)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """A command of this Python in the background, in a process group of its own."""
         return subprocess.Popen(
-            [sys.executable, *arguments], cwd=self.folder, env=self.environment, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            [sys.executable, *arguments],
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def json(self, name: str) -> Any:
         return json.loads((self.folder / name).read_text())

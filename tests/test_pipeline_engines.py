@@ -100,7 +100,7 @@ def test_a_row_that_does_not_exist_names_the_near_ones(smoke: Project) -> None:
     assert done.returncode == 2 and "did you mean 'atld'" in done.stderr and "Traceback" not in done.stderr
 
 
-def long_training(project: Project, seed: int, epochs: int = 40) -> None:
+def long_training(project: Project, seed: int, epochs: int = 60) -> None:
     """Make train@atld stale, and long enough to be killed in the middle."""
     change(project, "seed", seed)
     change(project, "defenses.atld.recipe.epochs", epochs)
@@ -115,9 +115,10 @@ def weights(project: Project) -> bytes:
     return (project.folder / "models/smoke/trained/atld/weights.safetensors").read_bytes()
 
 
-def test_dvc_killed_in_training_resumes_to_the_same_weights(smoke: Project) -> None:
-    long_training(smoke, seed=1)
-    running = smoke.start("-m", "dvc", "repro", "-s", "train@atld")
+@pytest.mark.parametrize(("shell", "seed"), [("/bin/bash", 1), ("/bin/sh", 6)])
+def test_dvc_killed_in_training_resumes_to_the_same_weights(smoke: Project, shell: str, seed: int) -> None:
+    long_training(smoke, seed)
+    running = smoke.start("-m", "dvc", "repro", "-s", "train@atld", SHELL=shell)
     wait_until(lambda: checkpointed(smoke), 90, "a checkpoint")
     kill_hard(running)
     wait_until(lambda: not processes(smoke.folder), 20, "the stage to follow its engine")
