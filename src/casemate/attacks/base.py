@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 import torch
 from torch import Tensor
 
+from casemate.attacks.checks import check_goal, check_threat, checked_images, watched
 from casemate.errors import UserError
 from casemate.system import Offer, System, View
-from casemate.threat import Goal, ThreatModel
+from casemate.threat import Goal, Norm, ThreatModel
 
 if TYPE_CHECKING:
     from casemate.attacks.learned import LearnedAttack
@@ -56,6 +57,8 @@ class Attack(ABC):
     """
 
     needs: ClassVar[frozenset[Offer]] = frozenset({"gradient"})
+    norms: ClassVar[frozenset[Norm]] = frozenset({"linf", "l2"})
+    """The threat models it can work in."""
     binds: ClassVar[Literal["source", "weights"] | None] = None
 
     @final
@@ -75,14 +78,18 @@ class Attack(ABC):
         Exactly one forward of the whole system is added to what the method costs: the verification of the
         result, by `system.decide`. `clean` are the system's decisions (N,) on `x`, where the caller has them: an
         image that is wrong from the start is then returned as it is. Raises UserError if the system does not offer
-        what the attack needs, or if something must be bound first.
+        what the attack needs, if something must be bound first, or if the images, the labels, the threat model or
+        the system's answers are not what they must be.
         """
         if self.binds is not None:
             raise UserError(f"attack {type(self).__name__} needs its {self.binds}: call with_{self.binds} first")
+        x = checked_images(system, x)
+        check_goal(goal, len(x), system.num_classes)
+        check_threat(type(self).__name__, self.norms, threat)
         face, verification = self._face(system, view)
         cost = Cost.zero(len(x))
         with system.frozen():
-            x_adv = self.run(face, x.detach(), goal, threat, seed, cost).detach()
+            x_adv = self.run(watched(face, system), x, goal, threat, seed, cost).detach()
             if clean is not None:
                 x_adv = torch.where(goal.reached(clean).view(-1, 1, 1, 1), x, x_adv)
             inside = self.budget(threat).contains(x_adv, x)
