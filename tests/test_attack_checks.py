@@ -83,7 +83,7 @@ def test_a_norm_that_the_attack_does_not_know_is_said() -> None:
 
 
 def test_probabilities_and_undefined_answers_are_said() -> None:
-    with pytest.raises(UserError, match="answers with probabilities.*leave out its softmax, or take the logarithm"):
+    with pytest.raises(UserError, match=r"answers with probabilities.*leave out its softmax, or take the logarithm"):
         attack(model=nn.Sequential(trained_network(), nn.Softmax(1)))
     attack(model=nn.Sequential(trained_network(), nn.LogSoftmax(1)))
 
