@@ -1,0 +1,165 @@
+"""PGD-10 of casemate against torchattacks, foolbox and ART, on the same weights, images, step size and start.
+
+    pip install --no-deps --target build/libraries torchattacks foolbox eagerpy adversarial-robustness-toolbox
+    PYTHONPATH=build/libraries python benchmarks/libraries.py [--rounds 9] [--networks lenet5 preact_resnet18]
+
+CPU time of one thread in float32; every variant once a round in a new order, a ratio is the median over rounds of the
+library's time over ours in the same round. Random weights and a radius that changes no decision: nobody stops early.
+casemate runs as its pipeline does, in the channels-last layout; the libraries as their examples do, contiguous, and
+once more in that layout. A library that is not installed is left out and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from casemate.attacks.gradient import PGD
+from casemate.networks.base import build_network
+from casemate.system import TorchSystem
+from casemate.threat import ThreatModel, untargeted
+
+KEEP = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
+STEPS, RADIUS = 10, 1e-4
+SETTINGS = {"lenet5": ((1, 28, 28), 512), "preact_resnet18": ((3, 32, 32), 64)}
+GOALS = {
+    "lenet5": {"torchattacks": 1.8, "foolbox": 2.2, "ART": 2.4},
+    "preact_resnet18": {"torchattacks": 1.0, "foolbox": 1.6, "ART": 1.7},
+}
+PACKAGES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "ART": "adversarial-robustness-toolbox"}
+Run = Callable[[], Any]
+
+
+def with_torchattacks(model: nn.Module, x: Tensor, y: Tensor) -> Run:
+    import torchattacks
+
+    attack = torchattacks.PGD(model, eps=RADIUS, alpha=RADIUS / 4, steps=STEPS, random_start=True)
+    return lambda: attack(x, y)
+
+
+def with_foolbox(model: nn.Module, x: Tensor, y: Tensor) -> Run:
+    import foolbox
+
+    victim = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=RADIUS / 4, steps=STEPS, random_start=True)
+    return lambda: attack(victim, x, y, epsilons=RADIUS)
+
+
+def with_art(model: nn.Module, x: Tensor, y: Tensor) -> Run:
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    victim = PyTorchClassifier(
+        model, loss=nn.CrossEntropyLoss(), input_shape=tuple(x.shape[1:]), nb_classes=10, clip_values=(0, 1),
+        device_type="cpu",
+    )  # fmt: skip
+    attack = ProjectedGradientDescentPyTorch(
+        victim, eps=RADIUS, eps_step=RADIUS / 4, max_iter=STEPS, num_random_init=1, batch_size=len(x), verbose=False
+    )
+    images, labels = x.numpy(), np.eye(10, dtype=np.float32)[y.numpy()]
+    return lambda: attack.generate(images, labels)
+
+
+LIBRARIES = {"torchattacks": with_torchattacks, "foolbox": with_foolbox, "ART": with_art}
+
+
+def network(name: str, *, channels_last: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = build_network(name, input_shape=SETTINGS[name][0], num_classes=10).eval()
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def variants(name: str) -> dict[str, Run]:
+    """Ours first; each library in both layouts."""
+    shape, batch = SETTINGS[name]
+    x = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0))
+    fast = network(name, channels_last=True)
+    with torch.no_grad():
+        y = fast(x).argmax(1)
+    victim, threat = TorchSystem(fast, input_shape=shape, num_classes=10), ThreatModel("linf", RADIUS)
+    attack, laid = PGD(steps=STEPS, relative_step=0.25), x.to(memory_format=torch.channels_last)
+    made: dict[str, Run] = {"casemate": lambda: attack(victim, laid, untargeted(y), threat)}
+    for library, prepare in LIBRARIES.items():
+        for layout, images in (("", x), (", channels last", laid)):
+            try:
+                made[library + layout] = prepare(network(name, channels_last=bool(layout)), images, y)
+            except ImportError as error:
+                print(f"{library} is left out: {error}", file=sys.stderr)
+                break
+    return made
+
+
+def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+    made = variants(name)
+    for run in made.values():
+        run()
+    seconds: dict[str, list[float]] = {variant: [] for variant in made}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for variant in order.sample(list(made), len(made)):
+            begun = time.thread_time()
+            made[variant]()
+            seconds[variant].append(time.thread_time() - begun)
+    rows = []
+    for variant, spent in seconds.items():
+        ratios = [a / b for a, b in zip(spent, seconds["casemate"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else (ratios * 3)[:3]
+        rows.append({
+            "network": name, "batch": SETTINGS[name][1], "variant": variant,
+            "seconds": round(statistics.median(spent), 4), "ratio": round(middle, 2),
+            "ratio_quartiles": [round(low, 2), round(high, 2)], "goal": GOALS[name].get(variant),
+        })  # fmt: skip
+    return rows
+
+
+def versions() -> dict[str, str]:
+    found = {"torch": torch.__version__}
+    for name, package in PACKAGES.items():
+        try:
+            found[name] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--networks", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not KEEP.items() <= os.environ.items():  # read once, when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rows = [row for name in options.networks for row in measure(name, options.rounds)]
+    print(f"{'network':16} {'batch':>5}  {'variant':30} {'seconds':>8} {'times ours':>10}  goal")
+    for row in rows:
+        goal = "" if row["goal"] is None else f"{row['goal']:.1f}"
+        head = f"{row['network']:16} {row['batch']:5}  {row['variant']:30}"
+        print(f"{head} {row['seconds']:8.3f} {row['ratio']:10.2f}  {goal}")
+    if options.json:
+        about = {
+            "time": "CPU time of one thread", "rounds": options.rounds, "machine": platform.machine(),
+            "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "versions": versions(),
+        }  # fmt: skip
+        options.json.write_text(json.dumps({"conditions": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
