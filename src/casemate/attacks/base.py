@@ -85,7 +85,7 @@ class Attack(ABC):
             raise UserError(f"attack {type(self).__name__} needs its {self.binds}: call with_{self.binds} first")
         x = checked_images(system, x)
         check_goal(goal, len(x), system.num_classes)
-        check_threat(type(self).__name__, self.norms, threat)
+        self.accept(threat)
         face, verification = self._face(system, view)
         cost = Cost.zero(len(x))
         with system.frozen():
@@ -108,6 +108,10 @@ class Attack(ABC):
     def budget(self, threat: ThreatModel) -> Any:
         """What `x_adv` must stay within: the threat model, unless the attack declares its own."""
         return threat
+
+    def accept(self, threat: ThreatModel) -> None:
+        """Raises UserError for a threat model that it cannot work in."""
+        check_threat(type(self).__name__, self.norms, threat)
 
     def parameters(self) -> dict[str, Any]:
         """Everything that identifies the attack, JSON-able: part of its hash in the ledger."""

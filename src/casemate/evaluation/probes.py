@@ -20,6 +20,9 @@ class Identity(Attack):
 
     needs: ClassVar[frozenset[Offer]] = frozenset({"labels"})
 
+    def accept(self, threat: ThreatModel) -> None:
+        """Any: a radius of 0 is what it means."""
+
     def run(self, view: View, x: Tensor, goal: Goal, threat: ThreatModel, seed: int, cost: Cost) -> Tensor:
         return x.clone()
 
