@@ -36,6 +36,14 @@ class View:
     offers: frozenset[Offer]
     passes: tuple[int, int] = (1, 1)
     """(forwards, backwards) of the classifier that one logits-and-gradient evaluation costs."""
+    decisions: Callable[[Tensor], Tensor] | None = None
+    """The deployed system's decisions, where they are not the arg max of `logits`; set for every attack."""
+
+    def decide(self, x: Tensor) -> Tensor:
+        """(N,) labels that the deployed system answers, whatever this face shows; -1 where it rejects. One query,
+        which needs no more than labels."""
+        with torch.no_grad():
+            return self.logits(x).argmax(1) if self.decisions is None else self.decisions(x)
 
 
 class Purification(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import torch
@@ -38,7 +38,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class AttackResult:
-    """`x_adv` lies in the budget; `success` (N,) bool is the system's own decision on it; `prediction` (N,) long."""
+    """`x_adv` lies in the budget; `success` (N,) bool is the system's own decision on it; `prediction` (N,) long.
+
+    Of a minimum-norm attack a success counts only inside the threat model; `prediction` tells it beyond.
+    """
 
     x_adv: Tensor
     success: Tensor
@@ -59,6 +62,8 @@ class Attack(ABC):
     needs: ClassVar[frozenset[Offer]] = frozenset({"gradient"})
     norms: ClassVar[frozenset[Norm]] = frozenset({"linf", "l2"})
     """The threat models it can work in."""
+    minimum_norm: ClassVar[bool] = False
+    """True if the search has no radius: its budget is the box, and it succeeds where the distance is small enough."""
     binds: ClassVar[Literal["source", "weights"] | None] = None
 
     @final
@@ -99,7 +104,10 @@ class Attack(ABC):
             prediction = system.decide(x_adv)
         cost.forwards += verification[0]
         cost.backwards += max(verification[1] - 1, 0)
-        return AttackResult(x_adv, goal.reached(prediction), prediction, cost)
+        success = goal.reached(prediction)
+        if self.minimum_norm:
+            success &= threat.contains(x_adv, x)
+        return AttackResult(x_adv, success, prediction, cost)
 
     @abstractmethod
     def run(self, view: View, x: Tensor, goal: Goal, threat: ThreatModel, seed: int, cost: Cost) -> Tensor:
@@ -107,7 +115,7 @@ class Attack(ABC):
 
     def budget(self, threat: ThreatModel) -> Any:
         """What `x_adv` must stay within: the threat model, unless the attack declares its own."""
-        return threat
+        return ThreatModel("linf", 1.0) if self.minimum_norm else threat
 
     def accept(self, threat: ThreatModel) -> None:
         """Raises UserError for a threat model that it cannot work in."""
@@ -144,5 +152,5 @@ class Attack(ABC):
         views = system.views()
         if view not in views:
             raise UserError(f"{system.name} has no view {view!r}; views: {', '.join(views)}")
-        face = views[view]
+        face = replace(views[view], decisions=system.decide)
         return face, views.get("adaptive", face).passes

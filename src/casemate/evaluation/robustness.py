@@ -95,8 +95,12 @@ def contained(cell: Cell, threat: ThreatModel) -> np.ndarray:
 
 
 def fallen(cell: Cell, threat: ThreatModel) -> np.ndarray:
-    """(N,) bool: wrong when clean, or attacked with success inside the threat model."""
-    down: np.ndarray = cell.clean_error | (cell.rows["success"] & contained(cell, threat))
+    """(N,) bool: wrong when clean, or wrong when attacked, at a distance inside the threat model.
+
+    `threat` need not be the attack's own: one cell of a minimum-norm attack gives the accuracy at every radius.
+    """
+    wrong = (cell.rows["prediction"] != cell.rows["label"]) & (cell.rows["prediction"] >= 0)  # -1 is a rejection
+    down: np.ndarray = cell.clean_error | (wrong & contained(cell, threat))
     return down
 
 
