@@ -28,12 +28,16 @@ SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh", "ash", "busybox"}
 Run = Callable[["Params", argparse.Namespace], None]
 
 
-def stage(run: Run, *, doc: str | None, arguments: dict[str, str] | None = None) -> None:
+def stage(
+    run: Run, *, doc: str | None, arguments: dict[str, str] | None = None, optional: dict[str, str] | None = None
+) -> None:
     """The `main` of a stage: `python -m pipeline.<name> [--params FILE] [--<argument> VALUE]`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (params.yaml)")
     for name, text in (arguments or {}).items():
         parser.add_argument(f"--{name}", required=True, help=text)
+    for name, text in (optional or {}).items():
+        parser.add_argument(f"--{name}", help=text)
     options = parser.parse_args()
     end_with_engine()
     with one_line_errors():

@@ -1,6 +1,9 @@
 """Stage evaluate: attack a trained system with every suite, judge the result, keep the selection of the ledger.
 
 python -m pipeline.evaluate --row at_pgd
+
+Several processes can share the work: each fills the ledger with one shard (--shard 1/2, --shard 2/2); the stage run
+without --shard afterwards finds everything there, and reports.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ RAW = Path("data/raw")
 def run(params: Params, options: argparse.Namespace) -> None:
     from casemate.data import load_dataset
     from casemate.evaluation.images import EvaluationSet
-    from casemate.evaluation.ledger import Ledger
-    from casemate.evaluation.suite import evaluate_row
+    from casemate.evaluation.ledger import Ledger, Shard
+    from casemate.evaluation.suite import evaluate_row, fill_ledger
     from casemate.threat import ThreatModel
     from casemate.tracking import evaluation_metrics
     from casemate.training.artifact import load_system
@@ -34,13 +37,19 @@ def run(params: Params, options: argparse.Namespace) -> None:
     data = EvaluationSet(load_dataset(params.dataset, RAW).test, device)
     source = load_system(trained / params.evaluate.source, device=device) if params.evaluate.source else None
     card = read_json(trained / row / "card.json")
+    what = (
+        about(params, row, card), candidates(params, row, device), data,
+        ThreatModel(params.threat.norm, params.threat.radius), params.evaluate,
+        Ledger(STATE / "ledger", params.evaluate.chunk),
+    )  # fmt: skip
+    bind = binder(params, row, source)
+    if options.shard:
+        shard = Shard.parse(options.shard)
+        with attack_bar() as progress:
+            fill_ledger(*what, shard, seed=params.seed, source=source, bind=bind, progress=progress)
+        return
     with recording(params, "evaluate", row) as recorder, attack_bar() as progress:
-        done = evaluate_row(
-            about(params, row, card), candidates(params, row, device), data,
-            ThreatModel(params.threat.norm, params.threat.radius), params.evaluate,
-            Ledger(STATE / "ledger", params.evaluate.chunk), seed=params.seed, source=source,
-            bind=binder(params, row, source), progress=progress,
-        )  # fmt: skip
+        done = evaluate_row(*what, seed=params.seed, source=source, bind=bind, progress=progress)
         out.mkdir(parents=True, exist_ok=True)
         done.save(out)
         write_json(params.reports_dir / "evaluate" / f"{row}.json", done.report)
@@ -100,4 +109,9 @@ def binder(params: Params, row: str, source: System | None) -> Any:
 
 
 if __name__ == "__main__":
-    stage(run, doc=__doc__, arguments={"row": "a row of `evaluate.models` in params.yaml"})
+    stage(
+        run,
+        doc=__doc__,
+        arguments={"row": "a row of `evaluate.models` in params.yaml"},
+        optional={"shard": "NUMBER/OF: fill the ledger with one part of the work, and report nothing"},
+    )

@@ -21,10 +21,10 @@ from casemate.data import Loaded
 from casemate.data.base import Images
 from casemate.errors import UserError
 from casemate.evaluation.images import EvaluationSet
-from casemate.evaluation.ledger import Ledger
+from casemate.evaluation.ledger import Ledger, Shard
 from casemate.evaluation.plan import bind_source, duration
 from casemate.evaluation.schema import EvaluateParams
-from casemate.evaluation.suite import About, Candidate, RowEvaluation, evaluate_row
+from casemate.evaluation.suite import About, Candidate, RowEvaluation, evaluate_row, fill_ledger
 from casemate.reporting.inputs import Evaluation
 from casemate.system import System, TorchSystem, View
 from casemate.threat import ThreatModel
@@ -91,6 +91,18 @@ def row(data: EvaluationSet, tmp_path_factory: pytest.TempPathFactory) -> RowEva
     candidates = [Candidate(purified(), "imt"), Candidate(plain(), "off", primary=False)]
     given = params(sweep={"attack": "pgd", "options": {"steps": 4}, "radii": [0, 0.05, 0.1], "images": 60})
     return evaluate(tmp_path_factory.mktemp("row"), data, candidates, given, seed=3)
+
+
+def test_shards_fill_the_ledger_and_the_report_finds_it_all(data: EvaluationSet, tmp_path: Path) -> None:
+    candidates = [Candidate(purified(), "imt"), Candidate(plain(), "off", primary=False)]
+    given = params(sweep={"attack": "pgd", "options": {"steps": 4}, "radii": [0.05, 0.1], "images": 60})
+    ledger, ball = Ledger(tmp_path / "shards", given.chunk), ThreatModel("linf", 0.1)
+    for number in (1, 2):
+        fill_ledger(ABOUT, candidates, data, ball, given, ledger, Shard(number, 2), seed=3, say=lambda _: None)
+    said: list[str] = []
+    report = evaluate(tmp_path / "shards", data, candidates, given, said, seed=3).report
+    assert said[0] == "row: nothing to compute: the ledger has it all"
+    assert report == evaluate(tmp_path / "alone", data, candidates, given, seed=3).report
 
 
 # --- the report ---------------------------------------------------------------------------------------------

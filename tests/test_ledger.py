@@ -17,10 +17,11 @@ import pytest
 import torch
 from evaluation_toys import BALL, Jitter, images, linear, segments
 
+from casemate.errors import UserError
 from casemate.evaluation import keys
 from casemate.evaluation import segments as store
 from casemate.evaluation.images import EvaluationSet, evaluation_order
-from casemate.evaluation.ledger import Cell, Ledger, select, write_selection
+from casemate.evaluation.ledger import Cell, Ledger, Shard, select, write_selection
 from casemate.evaluation.probes import Identity, RandomCorners
 from casemate.threat import ThreatModel
 
@@ -241,6 +242,22 @@ def test_two_processes_fill_one_ledger(tmp_path: Path) -> None:
     assert not Jitter.chunks
     assert same(shared, run(tmp_path / "alone"))
     assert not list((tmp_path / "shared").rglob("*.tmp"))
+
+
+def test_shards_share_the_chunks_and_make_the_whole(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "shards", CHUNK)
+    for number, done in ((1, 2), (2, 4), (3, 6)):
+        cell = ledger.run(SYSTEM, DATA, Jitter(), BALL, "adaptive", ORDER, 7, shard=Shard(number, 3))
+        assert len(Jitter.chunks) == done and len(cell) == done * CHUNK and cell.complete == (number == 3)
+    assert same(ledger.run(SYSTEM, DATA, Jitter(), BALL, "adaptive", ORDER, 7), run(tmp_path / "alone"))
+    assert len(Jitter.chunks) == 12  # nothing was done twice
+
+
+@pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "a/b", "1/0", "-1/2"])
+def test_a_shard_that_is_none_is_said(text: str) -> None:
+    assert Shard.parse("2/4") == Shard(2, 4)
+    with pytest.raises(UserError, match="a shard is written NUMBER/OF, such as 2/4"):
+        Shard.parse(text)
 
 
 # --- keys ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from casemate.errors import UserError
 from casemate.evaluation import keys, segments
 from casemate.evaluation.segments import COLUMNS, Rows
 
@@ -77,6 +78,26 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """One of `of` parts of an evaluation: every `of`-th chunk from the `number`-th on, counted from 1."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From `2/4`. Raises UserError for anything else."""
+        first, slash, second = text.partition("/")
+        if not (slash and first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second)):
+            raise UserError(f"a shard is written NUMBER/OF, such as 2/4 for the second of four: got {text!r}")
+        return cls(int(first), int(second))
+
+    def holds(self, chunk: int) -> bool:
+        """Whether the chunk of that number, counted from 0, is in this part."""
+        return chunk % self.of == self.number - 1
+
+
+@dataclass(frozen=True)
 class Ledger:
     """A folder of segments, for chunks of `chunk` images each."""
 
@@ -94,12 +115,14 @@ class Ledger:
         seed: int = 0,
         *,
         keep: int = 0,
+        shard: Shard | None = None,
         progress: Progress | None = None,
     ) -> Cell:
         """Attack the images at `indices`, chunk by chunk in that order, except those that are in the ledger already.
 
         Args:
             keep: store the adversarial images of the chunks that hold the first `keep` indices.
+            shard: attack its chunks only; the cell returned holds whatever the ledger has.
             progress: called with the number of images of each chunk as it is done or found.
 
         Raises UserError if the system does not offer what the attack needs.
@@ -109,10 +132,12 @@ class Ledger:
         key = keys.cell_key(system, attack, threat, view, seed)
         before: dict[int, int] | None = None
         for start, chunk in self._chunks(indices):
+            if shard is not None and not shard.holds(start // self.chunk):
+                continue
             images = data.fingerprint(chunk)
             if not self._found(key, images, start < keep):
                 if before is None and not isinstance(attack, Identity):
-                    before = self.clean(system, data, indices).predictions()
+                    before = self.clean(system, data, indices, shard=shard).predictions()
                 chunk_seed = keys.chunk_seed(attack, images, seed)
                 rows, x_adv = _attack(system, data, attack, threat, view, chunk, chunk_seed, before)
                 with_images, plain = self._paths(key, images)
@@ -132,14 +157,17 @@ class Ledger:
         return self._collect(keys.cell_key(system, attack, threat, view, seed), data, indices)
 
     def clean(
-        self, system: System, data: EvaluationSet, indices: Sequence[int], progress: Progress | None = None
-    ) -> Cell:
+        self, system: System, data: EvaluationSet, indices: Sequence[int], *, shard: Shard | None = None,
+        progress: Progress | None = None,
+    ) -> Cell:  # fmt: skip
         """The system's decisions on the clean images, as the cell of an attack that does nothing."""
         from casemate.evaluation.probes import Identity
         from casemate.threat import ThreatModel
 
         view = next(iter(system.views()))
-        return self.run(system, data, Identity(), ThreatModel("linf", 0.0), view, indices, progress=progress)
+        return self.run(
+            system, data, Identity(), ThreatModel("linf", 0.0), view, indices, shard=shard, progress=progress
+        )
 
     def _chunks(self, indices: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
         for start in range(0, len(indices), self.chunk):

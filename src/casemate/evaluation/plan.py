@@ -14,7 +14,7 @@ from casemate import registry
 from casemate.attacks.base import Attack
 from casemate.errors import UserError
 from casemate.evaluation.images import EvaluationSet, evaluation_order
-from casemate.evaluation.ledger import Cell, Ledger, full_precision
+from casemate.evaluation.ledger import Cell, Ledger, Shard, full_precision
 from casemate.evaluation.probes import RandomCorners
 from casemate.evaluation.schema import AttackParams, CellParams, EvaluateParams, Sweep
 from casemate.objectives import cross_entropy
@@ -151,6 +151,8 @@ class Runner:
     keep: int = 0
     """Adversarial images are kept for the first so many images."""
     progress: Progress | None = None
+    shard: Shard | None = None
+    """Which part of every cell to compute; all of it without one."""
 
     def order(self, images: int | None = None) -> list[int]:
         """The first `images` indices of the evaluation order; all of them without a number."""
@@ -168,7 +170,7 @@ class Runner:
 
         return self.ledger.run(
             system, self.data, cell.attack, cell.threat, cell.view, self.order(cell.images), self.seed,
-            keep=self.keep if keep else 0, progress=report,
+            keep=self.keep if keep else 0, shard=self.shard, progress=report,
         )  # fmt: skip
 
     def read(self, system: System, cell: Planned) -> Cell:

@@ -14,7 +14,7 @@ from casemate.evaluation import gate, robustness
 from casemate.evaluation.gallery import gallery
 from casemate.evaluation.gate import Finished
 from casemate.evaluation.images import EvaluationSet
-from casemate.evaluation.ledger import Cell, Ledger, select, write_selection
+from casemate.evaluation.ledger import Cell, Ledger, Shard, select, write_selection
 from casemate.evaluation.plan import (
     Bind,
     Cost,
@@ -123,6 +123,31 @@ def evaluate_row(
         rows=select([item for result in results for item in result.rows]),
         adversarial=gallery(candidates[primary].system, results[primary].suites, runner),
     )  # fmt: skip
+
+
+def fill_ledger(
+    about: About,
+    candidates: Sequence[Candidate],
+    data: EvaluationSet,
+    threat: ThreatModel,
+    params: EvaluateParams,
+    ledger: Ledger,
+    shard: Shard,
+    *,
+    seed: int = 0,
+    source: System | None = None,
+    bind: Bind | None = None,
+    say: Callable[[str], None] = print,
+    progress: Progress | None = None,
+) -> None:
+    """Compute one shard of what `evaluate_row` needs, and report nothing: several processes, or machines that share
+    or merge the ledger's folder, fill it together; `evaluate_row` then finds everything there."""
+    runner = Runner(ledger, data, threat, seed, params.subset, progress, shard)
+    for candidate in candidates:
+        job = _Job(candidate, runner, params, about, bind or bind_source(source), say)
+        for cell in job.plan.cells:
+            runner.finish(candidate.system, cell, row=job.name, keep=candidate.primary and cell in job.plan.suites)
+    say(f"{about.row}: shard {shard.number} of {shard.of} is in the ledger")
 
 
 @dataclass(frozen=True)
