@@ -47,6 +47,30 @@ class AttackResult:
     success: Tensor
     prediction: Tensor
     cost: Cost
+    witness: Tensor | None = None
+    """What made the images, where the budget is no ball around them (see `Shown`)."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Images with what made them (a flow, a rotation, a transport plan), one row for each: what a budget outside lp
+    balls is checked by. A row of zeros must stand for the clean image."""
+
+    x_adv: Tensor
+    witness: Tensor | None
+
+    def clean_where(self, wrong: Tensor, x: Tensor) -> Shown:
+        """With the clean images `x` where `wrong` (N,) is true."""
+        x_adv, witness = torch.where(wrong.view(-1, 1, 1, 1), x, self.x_adv), self.witness
+        if witness is not None:
+            witness = witness.masked_fill(wrong.view(-1, *[1] * (witness.dim() - 1)), 0)
+        return Shown(x_adv, witness)
+
+    def inside(self, budget: Any, x: Tensor) -> Tensor:
+        """(N,) bool: what the budget says of them."""
+        given = (self.x_adv, x) if self.witness is None else (self.x_adv, x, self.witness)
+        inside: Tensor = budget.contains(*given)
+        return inside
 
 
 class Attack(ABC):
@@ -94,27 +118,34 @@ class Attack(ABC):
         face, verification = self._face(system, view)
         cost = Cost.zero(len(x))
         with system.frozen():
-            x_adv = self.run(watched(face, system), x, goal, threat, seed, cost).detach()
+            found = self.run(watched(face, system), x, goal, threat, seed, cost)
+            shown = found if isinstance(found, Shown) else Shown(found.detach(), None)
             if clean is not None:
-                x_adv = torch.where(goal.reached(clean).view(-1, 1, 1, 1), x, x_adv)
-            inside = self.budget(threat).contains(x_adv, x)
+                shown = shown.clean_where(goal.reached(clean), x)
+            inside = shown.inside(self.budget(threat), x)
             if not bool(inside.all()):
                 at = int((~inside).nonzero()[0, 0])
                 raise AssertionError(f"{type(self).__name__} left its budget at image {at}")
+            x_adv = shown.x_adv
             prediction = system.decide(x_adv)
         cost.forwards += verification[0]
         cost.backwards += max(verification[1] - 1, 0)
         success = goal.reached(prediction)
         if self.minimum_norm:
             success &= threat.contains(x_adv, x)
-        return AttackResult(x_adv, success, prediction, cost)
+        return AttackResult(x_adv, success, prediction, cost, shown.witness)
 
     @abstractmethod
-    def run(self, view: View, x: Tensor, goal: Goal, threat: ThreatModel, seed: int, cost: Cost) -> Tensor:
+    def run(self, view: View, x: Tensor, goal: Goal, threat: ThreatModel, seed: int, cost: Cost) -> Tensor | Shown:
         """The method: adversarial images inside the budget. Adds its passes to `cost`."""
 
     def budget(self, threat: ThreatModel) -> Any:
-        """What `x_adv` must stay within: the threat model, unless the attack declares its own."""
+        """What `x_adv` must stay within: the threat model, unless the attack declares its own.
+
+        An own one has `contains(x_adv, x) -> (N,) bool`, or `contains(x_adv, x, witness)` where `run` returns
+        `Shown`; `norm` and `radius` (None without a limit); and its text is what the report names. Its images count
+        in the worst case of a threat model only where that contains them.
+        """
         return ThreatModel("linf", 1.0) if self.minimum_norm else threat
 
     def accept(self, threat: ThreatModel) -> None:
