@@ -20,6 +20,7 @@ from torch import Tensor
 from casemate.attacks.base import Cost
 from casemate.attacks.engine import COMPACT_ABOVE
 from casemate.attacks.optimizers import Optimizer, State
+from casemate.objectives import margin
 from casemate.system import View
 from casemate.threat import Goal, ThreatModel
 
@@ -140,9 +141,23 @@ def unjudged(logits: Tensor, x_adv: Tensor, values: Tensor, live: Live) -> Tenso
     return torch.full_like(live.score, torch.inf)
 
 
+def by_margin(view: View) -> Judge:
+    """Minus the margin: a success scores at most 0. On an exact view only successes are acceptable, and the first is
+    as good as any; on any other, where success cannot be seen, every iterate is."""
+
+    def judge(logits: Tensor, x_adv: Tensor, values: Tensor, live: Live) -> Tensor:
+        score = -margin(logits, live.goal)
+        if not view.exact:
+            return score
+        return score.masked_fill(~live.goal.reached(view.labels(logits, x_adv)), torch.inf)
+
+    return judge
+
+
 @dataclass(frozen=True)
 class Task:
-    """A minimisation. `steps` evaluations with `steps` updates: the last update's iterate is not evaluated."""
+    """A minimisation: `steps` evaluations, each followed by an update. What the last update gives is not evaluated,
+    unless `judge_last` spends one query on it."""
 
     parametrisation: Parametrisation
     optimizer: Optimizer
@@ -152,6 +167,7 @@ class Task:
     finished: Finished = never
     estimate: Estimate | None = None
     """In the place of the gradient; an evaluation is then one query."""
+    judge_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,15 +185,17 @@ class Found:
 
 
 def minimise(
-    task: Task, view: View, x: Tensor, goal: Goal, cost: Cost, own: Mapping[str, Tensor] | None = None
-) -> Found:
+    task: Task, view: View, x: Tensor, goal: Goal, cost: Cost, own: Mapping[str, Tensor] | None = None,
+    among: Tensor | None = None,
+) -> Found:  # fmt: skip
     """Minimise `task.objective` for each image of `x` (N x C x H x W in [0, 1]).
 
     An image that is finished is changed no more, and leaves the batch once more than a tenth of it is finished: what
     is found never depends on the other images, only the cost does. `own` are tensors of N rows that the hooks read
-    as `live.own[name]`. Adds `draws` passes of the view per evaluation to `cost` (without a gradient, one query).
+    as `live.own[name]`. `among` (N,) bool says which images are searched at all, for rounds and restarts. Adds
+    `draws` passes of the view per evaluation to `cost`; queries, where there is no gradient.
     """
-    return _Run(task, view, x, goal, cost).run(dict(own or {}))
+    return _Run(task, view, x, goal, cost).run(dict(own or {}), among)
 
 
 @dataclass
@@ -190,7 +208,7 @@ class _Run:
     unpaid: list[int] = field(default_factory=lambda: [0, 0])
     """Forwards and backwards since the batch last changed."""
 
-    def run(self, own: dict[str, Tensor]) -> Found:
+    def run(self, own: dict[str, Tensor], among: Tensor | None) -> Found:
         n, device, variables = len(self.x), self.x.device, self.task.parametrisation.start(self.x)
         live = Live(
             rows=torch.arange(n, device=device), x=self.x, goal=self.goal, variables=variables, own=own, kept=self.x,
@@ -198,9 +216,19 @@ class _Run:
             done=torch.zeros(n, dtype=torch.bool, device=device),
         )  # fmt: skip
         self.found = Found(self.x.clone(), live.score.clone(), variables.clone(), variables.clone())
-        state, down = self.task.optimizer.begin(variables), 0
+        live = live if among is None else live[among]
+        if len(live):
+            live = self._descend(live)
+            self._write(live)
+            if self.task.judge_last:
+                self._judge_last(live[~live.done])
+        return self.found
+
+    def _descend(self, live: Live) -> Live:
+        """All steps; returns the images that are still in the batch, not written yet."""
+        state, down = self.task.optimizer.begin(live.variables), 0
         for step in range(self.task.steps):
-            values, graph = self._evaluate(live, step)
+            values, graph = self._evaluate(live, step, slope=self.task.estimate is None)
             finished = self.task.finished(live, values, step)
             if finished is not None:
                 live.done = live.done | finished
@@ -219,12 +247,18 @@ class _Run:
                 gradient = self.task.estimate(live, step)
             live.variables = self._step(live, state, values, gradient, frozen=down > 0)
         live.variables = live.variables.detach()
-        self._write(live)
-        return self.found
+        return live
 
-    def _evaluate(self, live: Live, step: int) -> tuple[Tensor, Tensor | None]:
-        """Values (L,) of the iterate, which is judged here, and their graph unless the gradient is estimated."""
-        task, slope = self.task, self.task.estimate is None
+    def _judge_last(self, live: Live) -> None:
+        if len(live):
+            self._evaluate(live, self.task.steps, slope=False)
+            self.cost.queries[live.rows.cpu()] += self.task.parametrisation.draws
+            self.unpaid = [0, 0]
+            self._write(live)
+
+    def _evaluate(self, live: Live, step: int, slope: bool) -> tuple[Tensor, Tensor | None]:
+        """Values (L,) of the iterate, which is judged here, and with `slope` their graph."""
+        task = self.task
         with torch.set_grad_enabled(slope):
             if slope:
                 live.variables = live.variables.detach().requires_grad_()
