@@ -17,7 +17,8 @@ from casemate.networks.critics import FeatureCritic, WideCritic, build_critic, c
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
 
-COUNTS = [  # DEFENSES 1.6; digits_cnn by hand: 160 + 4,640 + 24,624 + 490
+COUNTS = [  # DEFENSES 1.6; digits_cnn by hand: 160 + 4,640 + 24,624 + 490; compact_resnet: 2,816 of them BatchNorm's
+    ("compact_resnet", CIFAR, 10, {}, 3_072 + 77_824 + 229_376 + 917_504 + 2_570 + 2_816),
     ("digits_cnn", (1, 8, 8), 10, {}, 29_914),
     ("lenet5", MNIST, 10, {}, 61_706),
     ("small_cnn", MNIST, 10, {}, 312_202),
@@ -46,6 +47,7 @@ SMALL = [
     ("digits_cnn", (1, 8, 8), {}, 48),
     ("lenet5", MNIST, {}, 84),
     ("small_cnn", MNIST, {}, 200),
+    ("compact_resnet", (3, 16, 16), {}, 256),
     ("resnet20", (3, 16, 16), {}, 64),
     ("preact_resnet18", (3, 16, 16), {}, 512),
     ("wrn", (3, 16, 16), {"depth": 10, "width": 2}, 128),
@@ -142,6 +144,7 @@ def test_a_wrong_depth_is_refused() -> None:
 
 TRACED = [  # the other networks are made of the same layers
     ("lenet5", MNIST, {}),
+    ("compact_resnet", (1, 8, 8), {}),
     ("resnet20", (1, 8, 8), {}),
     ("wrn", (1, 8, 8), {"depth": 10, "width": 1}),
 ]
