@@ -308,7 +308,9 @@ def _show(report: dict[str, Any]) -> None:
         face = " (static)" if cell["view"] == "static" else ""
         asr = "" if cell["asr"] is None else f"{100 * cell['asr']:.1f} %"
         passes = f"{cell['forwards'] + cell['backwards'] + cell['queries']:.0f}"
-        table.add_row(cell["attack"] + face, *_figures(cell), asr, passes, cell["verdict"])
+        other = cell["threat"]["text"] != report["threat"]["text"]
+        name = cell["attack"] + face + (f", {cell['threat']['text']}" if other else "")
+        table.add_row(name, *_figures(cell), asr, passes, cell["verdict"])
     worst = entry["worst"]["all"]["adaptive"]
     table.add_section()
     table.add_row("worst case", *(("unknown",) if worst is None else _figures(worst)), style="bold")

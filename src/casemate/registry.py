@@ -47,6 +47,11 @@ TABLES: dict[str, dict[str, str]] = {
         "autoattack": "casemate.attacks.autoattack:AutoAttack",
         "transfer": "casemate.attacks.transfer:Transfer",
         "gap": "casemate.attacks.gap:GAP",
+        "stadv": "casemate.attacks.spatial:StAdv",
+        "adef": "casemate.attacks.spatial:ADef",
+        "eot_rotation": "casemate.attacks.rotation:EOTRotation",
+        "rotation_translation": "casemate.attacks.rotation:RotationTranslation",
+        "pixel_mass_wasserstein": "casemate.attacks.wasserstein:PixelMassWasserstein",
     },
     "defense": {
         "standard": "casemate.defenses.standard:Standard",

@@ -121,11 +121,13 @@ def run_gate(
 
 
 def verdicts(cells: Sequence[Finished]) -> list[str]:
-    """For each cell of one suite: "upper bound" if another under the same threat model beats it, else "ok"."""
+    """For each cell of one suite: "upper bound" if another under the same budget beats it, or if its attack is one
+    that was cut short, else "ok"."""
     said = []
     for mine in cells:
-        rivals = [c for c in cells if c is not mine and c.planned.threat == mine.planned.threat]
-        said.append("upper bound" if any(_beats(rival.cell, mine.cell)[0] for rival in rivals) else "ok")
+        rivals = [c for c in cells if c is not mine and c.planned.budget == mine.planned.budget]
+        weak = mine.planned.attack.upper_bound or any(_beats(rival.cell, mine.cell)[0] for rival in rivals)
+        said.append("upper bound" if weak else "ok")
     return said
 
 
@@ -224,9 +226,9 @@ def above_clean(suites: Sequence[Finished]) -> list[Check]:
 
 def black_above_white_box(suites: Sequence[Finished], threat: ThreatModel) -> list[Check]:
     """An attack without the gradient must not beat the strongest one that has it."""
-    white = [f for f in suites if f.white_box and f.planned.view == "adaptive" and f.planned.threat == threat]
+    white = [f for f in suites if f.white_box and f.planned.view == "adaptive" and f.planned.budget == threat]
     checks = []
-    for black in (f for f in suites if not f.white_box and f.planned.threat == threat):
+    for black in (f for f in suites if not f.white_box and f.planned.budget == threat):
         images = common_images([black.cell, *(w.cell for w in white)]) if white else np.empty(0)
         if not len(images):
             continue
@@ -260,7 +262,7 @@ def _attack_of(done: Finished, view: str) -> tuple[str, str] | None:
 
 
 def _beats(first: Cell, second: Cell) -> tuple[bool, float]:
-    """Whether `first` fells more of the images that both have finished, each under its own threat model."""
+    """Whether `first` fells more of the images that both have finished, each under its own budget."""
     images = common_images([first, second])
     return beats(first.at(images).rows["success"], second.at(images).rows["success"])
 

@@ -39,6 +39,12 @@ class Planned:
     view: str
     images: int
 
+    @property
+    def budget(self) -> Any:
+        """What its successes are successes under: the threat model, or what the attack has in its place, such as a
+        flow. Only cells of equal budgets may be compared."""
+        return self.threat if self.attack.minimum_norm else self.attack.budget(self.threat)
+
     def __str__(self) -> str:
         return f"{self.suite} {self.name}" + (" (static)" if self.view == "static" else "")
 

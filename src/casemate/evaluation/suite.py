@@ -236,7 +236,7 @@ class _Job:
         rows = [(plain, clean)]
         for f in suites:
             p = f.planned
-            labels = {"suite": p.suite, "attack": p.name, "view": p.view, "threat": str(p.threat)}
+            labels = {"suite": p.suite, "attack": p.name, "view": p.view, "threat": str(p.budget)}
             rows.append(({**plain, **labels}, f.cell))
         for radius, cell in sweep:
             threat = ThreatModel(self.runner.threat.norm, radius)
@@ -254,7 +254,7 @@ def cell_entries(finished: Sequence[Finished]) -> list[dict[str, Any]]:
     return [
         {
             "attack": f.planned.name, "method": f.planned.method, "spec": f.planned.attack.parameters(),
-            "view": f.planned.view, "suite": f.planned.suite, "threat": _threat(f.planned.threat),
+            "view": f.planned.view, "suite": f.planned.suite, "threat": _threat(f.planned.budget),
             **robustness.figures(f.cell), "verdict": said[id(f)],
         }
         for f in finished
@@ -285,8 +285,9 @@ def _key(finished: Finished, suite: str) -> str:
     return f"{finished.planned.suite}/{name}" if suite == "all" else name
 
 
-def _threat(threat: ThreatModel) -> dict[str, Any]:
-    return {"norm": threat.norm, "radius": threat.radius, "text": str(threat)}
+def _threat(budget: Any) -> dict[str, Any]:
+    """Of a threat model, or of what an attack has in its place; the radius is None where nothing is limited."""
+    return {"norm": budget.norm, "radius": budget.radius, "text": str(budget)}
 
 
 def _sweep_entry(sweep: Sweep | None, cells: Sequence[tuple[float, Cell]]) -> dict[str, Any] | None:

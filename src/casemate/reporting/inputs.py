@@ -45,6 +45,15 @@ class Threat(Record):
     text: str
 
 
+class Budget(Record):
+    """What the successes of a cell are successes under: a threat model, or what the attack has in its place, its
+    radius in units of its own and None where nothing is limited."""
+
+    norm: str
+    radius: float | None
+    text: str
+
+
 class Worst(Rate):
     """Accuracy over the union of several attacks; `incomplete` names those that have not finished."""
 
@@ -67,8 +76,8 @@ class Cell(Rate):
     method: str
     view: View
     suite: str
-    threat: Threat | None = None
-    """Where it is another than the row's."""
+    threat: Budget | None = None
+    """Where it is another than the row's: another ball, or a budget outside balls such as `flow tau 0.05`."""
     asr: Number = None
     forwards: Number = None
     backwards: Number = None

@@ -61,9 +61,9 @@ def dataset(name: str) -> str:
 
 
 def threat(text: str) -> str:
-    """`linf 0.3` -> `ℓ∞ radius 0.3`."""
+    """`linf 0.3` -> `ℓ∞ radius 0.3`; what is no ball is named as it is, `flow tau 0.05`."""
     norm, _, radius = text.partition(" ")
-    return f"{NORMS.get(norm, norm)} radius {radius}" if radius else text
+    return f"{NORMS[norm]} radius {radius}" if norm in NORMS else text
 
 
 def listed(items: Sequence[str]) -> str:
