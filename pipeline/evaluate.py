@@ -63,7 +63,7 @@ def about(params: Params, row: str, card: dict[str, Any]) -> Any:
 
     return About(
         params.profile, row, card["defense"]["method"], params.dataset, card["network"]["name"],
-        card["classes"], card, params.budget,
+        card["classes"], card, params.budget, undefended=row in params.pretrain,
     )  # fmt: skip
 
 
@@ -93,12 +93,13 @@ def binder(params: Params, row: str, source: System | None) -> Any:
             if source is None:
                 raise UserError(f"attack {name!r} needs evaluate.source in params.yaml")
             return attack.with_source(source)
-        if name not in generators:
+        wanted = getattr(attack, "generator", None) or name
+        if wanted not in generators:
             raise UserError(
                 f"attack {name!r} is fitted by the finetune stage: give it the name of one of "
-                f"finetune.generators{near(name, generators)}"
+                f"finetune.generators, or name one in its option 'generator'{near(wanted, generators)}"
             )
-        weights, card = load_artifact(params.models_dir / "generators" / row / name)
+        weights, card = load_artifact(params.models_dir / "generators" / row / wanted)
         fitted = resolve("learned_attack", card["attack"]["method"])(**card["attack"]["options"])
         flat = {f"{module}.{key}": value for module, tensors in weights.items() for key, value in tensors.items()}
         return attack.with_weights(

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pipeline.common import STATE, device_of, recording, row_of, stage, write_json
-from pipeline.train import TrainingSet, task_of, training_data
+from pipeline.common import STATE, device_of, recording, row_of, stage, write_json, write_text
+from pipeline.train import TrainingSet, as_csv, task_of, training_data
 
 if TYPE_CHECKING:
     from casemate.params import Generator, Params
+    from casemate.training.loop import Trained
 
 
 def run(params: Params, options: argparse.Namespace) -> None:
@@ -31,12 +33,13 @@ def run(params: Params, options: argparse.Namespace) -> None:
 
 
 def fit(params: Params, row: str, name: str, generator: Generator, data: TrainingSet, device: str) -> None:
-    """Fit one attack to the row's system and write its weights."""
+    """Fit one attack to the row's system and write its weights and curves."""
     from casemate.errors import UserError
     from casemate.registry import code_hash, location, resolve
     from casemate.system import TorchSystem
     from casemate.training.artifact import load_system, save_artifact
     from casemate.training.loop import train
+    from casemate.versions import versions
 
     victim = load_system(params.models_dir / "trained" / row, device=device)
     if not isinstance(victim, TorchSystem):
@@ -46,19 +49,25 @@ def fit(params: Params, row: str, name: str, generator: Generator, data: Trainin
     task = task_of(params, data, recipe, victim=victim.classifier, victim_system=victim)
     code = code_hash(location("learned_attack", generator.method)[0])
     card: dict[str, Any] = {
-        "attack": {"method": generator.method, "options": generator.options}, 
+        "attack": {"method": generator.method, "options": asdict(method)}, 
         "victim": {"row": row, "hash": victim.hash()},
         "recipe": recipe.as_dict(), "seed": params.seed, "budget": params.budget,
         "input_shape": list(data.dataset.input_shape), "num_classes": len(data.dataset.classes),
         "threat": params.threat.model_dump(), "code": {"method": code},
     }  # fmt: skip
-    out = params.models_dir / "generators" / row / name
+    out, rooms = params.models_dir / "generators" / row / name, versions()
+    shared = {room: rooms[room] for room in ("data", "networks", "training")}
     with recording(params, "finetune", f"{row}-{name}") as recorder:
         recorder.params({"victim": row, "attack": name, "recipe": recipe.as_dict()})
+
+        def save(done: Trained) -> None:
+            save_artifact(out, done.modules, {**card, "metrics": done.curves[-1]})
+            write_text(out / "curves.csv", as_csv(done.curves))
+
         train(
             method, task, data.train, None, recipe, seed=params.seed, device=device,
-            checkpoints=STATE / "checkpoints", identity=card, recorder=recorder, progress=True,
-            save=lambda done: save_artifact(out, done.modules, {**card, "metrics": done.curves[-1]}),
+            checkpoints=STATE / "checkpoints", identity={**card, "rooms": shared}, recorder=recorder, progress=True,
+            save=save,
         )  # fmt: skip
         recorder.output(out / "weights.safetensors")
 

@@ -13,7 +13,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from casemate.attacks.gap import GAP, GAPTrainer
-from casemate.attacks.learned import FittedAttack
 from casemate.data.base import Images
 from casemate.data.device import DeviceData
 from casemate.errors import UserError
@@ -55,7 +54,7 @@ def test_the_loop_fits_it_to_an_undefended_victim_until_little_stands() -> None:
     victim = system(trained_network(), (1, 8, 8), 10)
     result = GAP().with_weights(SMALL, weights, **SHAPE)(victim, x[1500:], untargeted(y[1500:]), LINF)
     assert result.success.float().mean() > 0.9
-    fresh = FittedAttack(SMALL, weights_of(SMALL.build((1, 8, 8), 10)), **SHAPE)
+    fresh = GAP().with_weights(SMALL, weights_of(SMALL.build((1, 8, 8), 10)), **SHAPE)
     assert fresh(victim, x[1500:], untargeted(y[1500:]), LINF).success.float().mean() < 0.7
 
 
@@ -76,7 +75,8 @@ def test_it_costs_the_victim_one_look_and_an_image_does_not_feel_its_batch() -> 
 def test_images_of_any_size_come_back_inside_the_budget(norm: Any, shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     modules = GAPTrainer(width=4, blocks=1).build(shape, 10)
-    attack = FittedAttack(GAPTrainer(width=4, blocks=1), weights_of(modules), input_shape=shape, num_classes=10)
+    spec = GAPTrainer(width=4, blocks=1)
+    attack = GAP().with_weights(spec, weights_of(modules), input_shape=shape, num_classes=10)
     victim = system(nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 10)), shape, 10)
     x, threat = torch.rand(5, *shape), ThreatModel(norm, 0.2)
     x_adv = attack(victim, x, untargeted(torch.zeros(5, dtype=torch.long)), threat).x_adv
@@ -108,9 +108,10 @@ def test_a_step_moves_the_generator_alone_and_raises_the_victims_loss(objective:
 def test_its_weights_identify_it() -> None:
     torch.manual_seed(0)
     one, other = (weights_of(SMALL.build((1, 8, 8), 10)) for _ in range(2))
-    first = FittedAttack(SMALL, one, **SHAPE).parameters()
-    assert first == FittedAttack(SMALL, {k: v.clone() for k, v in one.items()}, **SHAPE).parameters()
-    assert first["weights"] != FittedAttack(SMALL, other, **SHAPE).parameters()["weights"]
+    first = GAP().with_weights(SMALL, one, **SHAPE).parameters()
+    copied = {k: v.clone() for k, v in one.items()}
+    assert first == GAP(generator="another_name").with_weights(SMALL, copied, **SHAPE).parameters()
+    assert first["weights"] != GAP().with_weights(SMALL, other, **SHAPE).parameters()["weights"]
     assert first["width"] == 8 and first["objective"] == "margin"
 
 

@@ -147,6 +147,22 @@ class Params(Section):
                     raise ValueError(f"{where}: no row {row!r} under pretrain or defenses{near(row, self.rows)}")
         return self
 
+    @model_validator(mode="after")
+    def _generators(self) -> Params:
+        """Every attack that learns has an entry that fits it: of its own name, or named by its option `generator`."""
+        fitted = self.finetune.generators
+        for suite, content in self.evaluate.suites.items():
+            for name, cell in content.attacks.items():
+                if cell.attack not in registry.TABLES["learned_attack"]:
+                    continue
+                wanted, where = cell.options.get("generator") or name, f"evaluate.suites.{suite}.attacks.{name}"
+                if wanted not in fitted:
+                    raise ValueError(f"{where}: no {wanted!r} under finetune.generators{near(wanted, fitted)}")
+                if fitted[wanted].method != cell.attack:
+                    method = fitted[wanted].method
+                    raise ValueError(f"{where}: finetune.generators.{wanted} fits {method}, not {cell.attack}")
+        return self
+
     @property
     def rows(self) -> dict[str, Method]:
         """Everything that is trained, by row name."""

@@ -8,18 +8,20 @@ the radius in the place of rescaling to it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casemate.attacks.ascent import l2_step
+from casemate.attacks.base import Cost
 from casemate.attacks.learned import LearnedAttack, NeedsWeights
 from casemate.errors import UserError
 from casemate.fields import Count, NonNegative, spec
 from casemate.networks.base import Shape
 from casemate.objectives import capped_margin, cross_entropy
+from casemate.system import Offer, View
 from casemate.threat import Goal, ThreatModel, untargeted
 from casemate.trainable import Context, Update
 
@@ -73,9 +75,8 @@ class GAPTrainer(LearnedAttack):
             raise UserError(f"gap needs images of at least 4 x 4 pixels, not {input_shape[1]} x {input_shape[2]}")
         return {"generator": Generator(input_shape[0], self.width, self.blocks)}
 
-    def perturb(
-        self, modules: dict[str, nn.Module], x: Tensor, goal: Goal, threat: ThreatModel, rng: torch.Generator
-    ) -> Tensor:
+    def perturb(self, modules: dict[str, nn.Module], x: Tensor, threat: ThreatModel) -> Tensor:
+        """Adversarial images inside the budget, differentiable in the generator."""
         direction = modules["generator"](x).float()
         if threat.norm == "l2":
             direction = l2_step(direction)
@@ -87,7 +88,7 @@ class GAPTrainer(LearnedAttack):
         objective = cross_entropy if self.objective == "ce" else capped_margin(self.kappa)
 
         def loss() -> Tensor:
-            logits = victim(self.perturb(ctx.modules, x, goal, ctx.threat, ctx.rng)).float()
+            logits = victim(self.perturb(ctx.modules, x, ctx.threat)).float()
             ctx.log(fooled=goal.reached(logits.detach().argmax(1)).float().mean())
             return -objective(logits, goal).mean()
 
@@ -96,4 +97,13 @@ class GAPTrainer(LearnedAttack):
 
 @spec
 class GAP(NeedsWeights):
-    """The fitted generator's one pass. Its parameters are those of the `GAPTrainer` whose weights are bound."""
+    """The fitted generator's one pass: no further search, and labels suffice."""
+
+    needs: ClassVar[frozenset[Offer]] = frozenset({"labels"})
+    trainer: ClassVar[type[LearnedAttack]] = GAPTrainer
+
+    def search(
+        self, fitted: GAPTrainer, modules: dict[str, nn.Module], view: View, x: Tensor, goal: Goal,
+        threat: ThreatModel, seed: int, cost: Cost,
+    ) -> Tensor:  # fmt: skip
+        return fitted.perturb(modules, x, threat)

@@ -48,10 +48,12 @@ def attack_identity(attack: Attack) -> dict[str, Any]:
 
 
 def attack_code(attack: Attack) -> str:
-    """A hash of the attack's module and of the engine modules below it, and of what it is bound to."""
+    """A hash of the attack's module and of the engine modules below it, and of what it is bound to: a system, or
+    trained networks."""
     held = list(vars(attack).values())
     bound = sorted(system_code(value) for value in held if hasattr(value, "views"))
-    modules = {type(part).__module__ for part in (attack, *held)}
+    networks = [part for value in held if hasattr(value, "named_modules") for part in value.modules()]
+    modules = {type(part).__module__ for part in (attack, *held, *networks)}
     return digest([_code(sorted(modules), ENGINE), bound])
 
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from casemate import registry
-from casemate.fields import Count, Natural, Radius, Text
+from casemate.errors import near
+from casemate.fields import Count, Natural, Radius, Text, Unit
 
 CellName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 View = Literal["adaptive", "static", "both"]
@@ -90,6 +91,11 @@ class EvaluateParams(Section):
     secondary_images: Count = 1000
     """At most so many images for the inference modes of a defense that are not its primary one."""
     suites: dict[CellName, Suite] = Field(min_length=1)
+    fit_limit: Unit = 0.05
+    """An attack that learns counts as fitted if, fitted to an undefended model with the same settings, it leaves less
+    than this share of its images; 0.25 is meant for CIFAR-10."""
+    procedures: CellName | None = None
+    """The suite in which a system's own adaptive procedures run; by default that of the fewest images."""
     sweep: Sweep | None = None
     gate: GateParams | None = GateParams()
 
@@ -97,6 +103,8 @@ class EvaluateParams(Section):
     def _consistent(self) -> EvaluateParams:
         if "all" in self.suites:
             raise ValueError("suites.all: this name stands for the union of every suite; choose another")
+        if self.procedures is not None and self.procedures not in self.suites:
+            raise ValueError(f"procedures: no suite {self.procedures!r}{near(self.procedures, self.suites)}")
         for suite, content in self.suites.items():
             for name, cell in content.attacks.items():
                 if cell.attack == "transfer" and self.source is None:

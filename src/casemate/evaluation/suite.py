@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from casemate.attacks.learned import FittedAttack
 from casemate.evaluation import gate, robustness
 from casemate.evaluation.gallery import gallery
 from casemate.evaluation.gate import Finished
@@ -23,6 +24,7 @@ from casemate.evaluation.plan import (
     Progress,
     Runner,
     bind_source,
+    blind,
     estimate,
     not_evaluated,
     plan_suites,
@@ -57,6 +59,8 @@ class About:
     classes: Sequence[str]
     card: Mapping[str, Any]
     budget: float = 1.0
+    undefended: bool = False
+    """The row is a standard classifier: attacks that learn must bring it down, or they are not fitted."""
 
     @property
     def untrained(self) -> bool:
@@ -168,6 +172,7 @@ class _Job:
         self.candidate, self.system, self.runner, self.params, self.say = (
             candidate, candidate.system, runner, params, say,
         )  # fmt: skip
+        self.undefended = about.undefended
         self.name = candidate.name(about.row)
         self.not_evaluated = not_evaluated(self.system)
         total = len(runner.data)
@@ -180,8 +185,8 @@ class _Job:
         plan = plan_suites(
             self.system, params, threat, total=total, most=self.images, budget=budget, bind=bind
         )  # fmt: skip
-        if not self.candidate.primary or "gradient" not in self.system.offers:
-            return plan
+        if not self.candidate.primary or "gradient" not in self.system.offers or blind(self.system):
+            return plan  # there is no face on which plain ascent would meet the whole system
         if params.sweep is not None:
             plan.sweep = plan_sweep(params.sweep, threat, total=total, budget=budget, bind=bind)
         if params.gate is not None:
@@ -200,7 +205,8 @@ class _Job:
         entry = {
             "name": self.name, "mode": self.candidate.mode, "primary": self.candidate.primary,
             "hash": self.system.hash(), "changes_inference": self.system.changes_inference,
-            "clean": robustness.clean_rate(clean), "cells": cell_entries(suites),
+            "clean": robustness.clean_rate(clean),
+            "cells": cell_entries(suites, self.params.fit_limit, self.undefended),
             "worst": worst_cases(self.system, suites, self.runner.threat),
             "sweep": _sweep_entry(self.params.sweep, sweep), "gate": gate.not_run(),
         }  # fmt: skip
@@ -245,8 +251,11 @@ class _Job:
         return rows
 
 
-def cell_entries(finished: Sequence[Finished]) -> list[dict[str, Any]]:
-    """The figures of each cell, with the verdict among the cells of its suite."""
+def cell_entries(
+    finished: Sequence[Finished], fit_limit: float = 0.05, undefended: bool = False
+) -> list[dict[str, Any]]:
+    """The figures of each cell, with the verdict among the cells of its suite, and of an attack that learns whether
+    its fit passed the check that an undefended model makes (None where this is no such model)."""
     said: dict[int, str] = {}
     for suite in dict.fromkeys(f.planned.suite for f in finished):
         mine = [f for f in finished if f.planned.suite == suite]
@@ -255,27 +264,40 @@ def cell_entries(finished: Sequence[Finished]) -> list[dict[str, Any]]:
         {
             "attack": f.planned.name, "method": f.planned.method, "spec": f.planned.attack.parameters(),
             "view": f.planned.view, "suite": f.planned.suite, "threat": _threat(f.planned.budget),
-            **robustness.figures(f.cell), "verdict": said[id(f)],
+            "protocol": "published" if f.planned.published else "adaptive",
+            **robustness.figures(f.cell), "verdict": said[id(f)], **_fit(f, fit_limit, undefended),
         }
         for f in finished
     ]  # fmt: skip
 
 
+def _fit(finished: Finished, limit: float, undefended: bool) -> dict[str, Any]:
+    """{"fit": {"limit", "passed"}} of an attack that learns (ATTACKS 8.4)."""
+    if not isinstance(finished.planned.attack, FittedAttack):
+        return {}
+    left = robustness.rate(finished.cell.rows["success"])["accuracy"]
+    return {"fit": {"limit": limit, "passed": left < limit if undefended else None}}
+
+
 def worst_cases(system: System, finished: Sequence[Finished], threat: ThreatModel) -> dict[str, Any]:
-    """{suite or "all": {"adaptive", "static"}}, each as `robustness.worst_case` has it.
+    """{suite or "all": {"adaptive", "static", "published"}}, each as `robustness.worst_case` has it.
 
     The adaptive worst case is over every cell, since an adaptive attacker has the static attacks too; the static one
-    over static cells alone, and None for a system with one face.
+    over static cells alone; the published one over these and the attacks of the defense's own paper. Both are None
+    for a system with one face.
     """
     suites = list(dict.fromkeys(f.planned.suite for f in finished))
     worst: dict[str, Any] = {}
     for suite in [*suites, "all"]:
         mine = [f for f in finished if suite in (f.planned.suite, "all")]
         static = {_key(f, suite): f.cell for f in mine if f.planned.view == "static"}
-        everything = {_key(f, suite) + (" (static)" if f.planned.view == "static" else ""): f.cell for f in mine}
+        named = [(_key(f, suite) + (" (static)" if f.planned.view == "static" else ""), f) for f in mine]
+        everything = {name: f.cell for name, f in named}
+        published = {name: f.cell for name, f in named if f.planned.published}
         worst[suite] = {
             "adaptive": robustness.worst_case(everything, threat),
             "static": robustness.worst_case(static, threat) if system.changes_inference else None,
+            "published": robustness.worst_case(published, threat) if system.changes_inference else None,
         }
     return worst
 

@@ -69,6 +69,13 @@ class Suite(Record):
     static: Worst | None = None
 
 
+class Fit(Record):
+    """Of an attack that learns: whether it left less than `limit` of an undefended model; None on any other model."""
+
+    limit: float
+    passed: bool | None = None
+
+
 class Cell(Rate):
     """One attack on one view of one system; passes are means per image, distances are in pixel units."""
 
@@ -85,6 +92,7 @@ class Cell(Rate):
     linf_max: Number = None
     l2_mean: Number = None
     verdict: str = "ok"
+    fit: Fit | None = None
     spec: dict[str, Any] = {}
 
 
@@ -221,6 +229,17 @@ class ReportInputs:
         if not rows:
             raise UserError(f"{reports / 'evaluate'} holds no evaluation: run the evaluate stage first")
         return cls(profile, tuple(_row(reports, models, name) for name in rows))
+
+    @property
+    def failed_fits(self) -> dict[str, tuple[str, Cell]]:
+        """Attacks that learn and left too much of an undefended system: name -> (that system, its cell). What they
+        leave of any other says nothing."""
+        found: dict[str, tuple[str, Cell]] = {}
+        for system in (s for row in self.rows for s in row.evaluation.systems):
+            for cell in system.cells:
+                if cell.fit is not None and cell.fit.passed is False:
+                    found.setdefault(cell.attack, (system.name, cell))
+        return found
 
 
 def _row(reports: Path, models: Path, name: str) -> Row:
