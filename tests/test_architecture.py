@@ -16,7 +16,7 @@ SRC = Path(registry.__file__).parent
 FLOORS = {
     "errors": 0, "fields": 0, "seeding": 0, "registry": 1, "versions": 2,
     "data": 2, "networks": 2, "threat": 2, "objectives": 3, "system": 3, "trainable": 3,
-    "purification": 4, "attacks": 5, "detectors": 6, "defenses": 6,
+    "randomised": 4, "attacks": 4, "purification": 5, "detectors": 6, "defenses": 6,
     "training": 7, "evaluation": 8, "deploy": 8, "reporting": 8,
     "params": 9, "tracking": 10, "cli": 10, "__init__": 11,
 }  # fmt: skip

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,18 +16,22 @@ from evaluation_toys import BALL, images, linear
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from casemate.attacks.base import Attack, Cost
 from casemate.attacks.gap import GAP
+from casemate.attacks.gradient import FGSM, MIM, PGD
 from casemate.data import Loaded
 from casemate.data.base import Images
 from casemate.errors import UserError
 from casemate.evaluation.images import EvaluationSet
 from casemate.evaluation.ledger import Ledger, Shard
-from casemate.evaluation.plan import bind_source, duration
+from casemate.evaluation.plan import bind_source, blind, duration, not_evaluated, scaled
 from casemate.evaluation.schema import EvaluateParams
 from casemate.evaluation.suite import About, Candidate, RowEvaluation, evaluate_row, fill_ledger
+from casemate.fields import spec
+from casemate.purification.imt_attacks import PublishedATLD
 from casemate.reporting.inputs import Evaluation
-from casemate.system import System, TorchSystem, View
-from casemate.threat import ThreatModel
+from casemate.system import Purification, System, TorchSystem, View, identity_backward
+from casemate.threat import Goal, ThreatModel
 
 ABOUT = About("smoke", "row", "standard", "digits", "digits_cnn", tuple("0123456789"), {"effective_epochs": 2.0})
 SUITES: dict[str, Any] = {
@@ -47,7 +51,7 @@ def params(**changes: Any) -> EvaluateParams:
     return EvaluateParams.model_validate({**given, **changes})
 
 
-class Shift:
+class Shift(Purification):
     """A purification that moves every pixel by a constant."""
 
     passes = (1, 1)
@@ -59,6 +63,9 @@ class Shift:
 
     def score(self, x: Tensor) -> Tensor:
         return torch.ones(len(x))
+
+    def views(self, classifier: Any) -> dict[str, View]:
+        return {"adaptive": identity_backward(classifier, self)}
 
 
 def plain() -> TorchSystem:
@@ -224,8 +231,39 @@ def test_without_an_adaptive_view_there_is_no_number(data: EvaluationSet, tmp_pa
     given = params(gate={}, sweep={"attack": "pgd", "radii": [0.1]})
     entry = evaluate(tmp_path, data, [Candidate(shy)], given).report["systems"][0]
     assert entry["cells"] == [] and entry["sweep"] is None and entry["gate"]["verdict"] == "not run"
-    assert entry["worst"] == {"all": {"adaptive": None, "static": None}}
+    assert entry["worst"] == {"all": {"adaptive": None, "static": None, "published": None}}
     assert "not evaluated" in entry["not_evaluated"] and entry["clean"]["n"] == 120
+
+
+class Alias(Shy):
+    """Calls its static face adaptive."""
+
+    def views(self) -> dict[str, View]:
+        return {name: TorchSystem.views(self)["static"] for name in ("static", "adaptive")}
+
+
+class Armoured(Alias):
+    """The same, but it ships a procedure that accounts for the purification."""
+
+    def adaptive_attacks(self) -> dict[str, Any]:
+        return {"own": PGD(steps=3), "theirs": Weak()}
+
+
+def made(kind: type[TorchSystem]) -> TorchSystem:
+    return kind(trained_network(), input_shape=(1, 8, 8), num_classes=10, purification=Shift())
+
+
+def test_a_face_that_is_adaptive_in_name_only_is_no_adaptive_face(data: EvaluationSet, tmp_path: Path) -> None:
+    assert blind(made(Shy)) and blind(made(Alias)) and blind(made(Armoured))
+    assert not blind(purified()) and not blind(plain())
+    assert "not evaluated" in str(not_evaluated(made(Alias)))
+    given = params(gate={}, sweep={"attack": "pgd", "radii": [0.1]})
+    entry = evaluate(tmp_path, data, [Candidate(made(Armoured))], given).report["systems"][0]
+    # Plain attacks never meet the purification there: they count as static, and the gate has nothing to judge.
+    assert {(c["attack"], c["view"]) for c in entry["cells"]} == {
+        ("pgd", "static"), ("l2", "static"), ("own", "adaptive"), ("theirs", "adaptive"),
+    }  # fmt: skip
+    assert entry["gate"]["verdict"] == "not run" and entry["sweep"] is None and "not_evaluated" not in entry
 
 
 class Noisy(TorchSystem):
@@ -261,20 +299,83 @@ def test_what_a_system_does_not_offer_is_left_out_and_said(data: EvaluationSet, 
     assert entry["gate"]["verdict"] == "not run" and entry["worst"]["core"]["adaptive"]["accuracy"] < 0.9
 
 
+@spec
+class Weak(Attack):
+    """A paper's own attack: it does nothing to what is right, and puts right what is wrong. White box in name."""
+
+    published: ClassVar[bool] = True
+
+    def run(self, view: View, x: Tensor, goal: Goal, threat: ThreatModel, seed: int, cost: Cost) -> Tensor:
+        return PGD(steps=10, objective="margin").run(
+            replace(view, exact=False), x, Goal((goal.labels + 1) % 10, goal.labels), threat, seed, cost
+        )
+
+    def passes(self, view: View, n: int) -> tuple[int, int, int]:
+        return 10 * n, 10 * n, n
+
+
 class Armed(TorchSystem):
-    """Ships a procedure of its own."""
+    """Ships procedures of its own."""
 
     def adaptive_attacks(self) -> dict[str, Any]:
-        from casemate.attacks.gradient import MIM
-
-        return {"own": MIM(steps=3)}
+        return {"own": MIM(steps=8), "theirs": Weak()}
 
 
-def test_a_systems_own_attacks_run_in_the_first_suite(data: EvaluationSet, tmp_path: Path) -> None:
-    armed = Armed(trained_network(), input_shape=(1, 8, 8), num_classes=10)
-    entry = evaluate(tmp_path, data, [Candidate(armed)]).report["systems"][0]
-    assert [(c["suite"], c["attack"], c["method"]) for c in entry["cells"]][1] == ("core", "own", "MIM")
-    assert "core/own" in entry["worst"]["all"]["adaptive"]["attacks"]
+def armed() -> TorchSystem:
+    made = Armed(trained_network(), input_shape=(1, 8, 8), num_classes=10, purification=Shift())
+    return made
+
+
+def test_a_systems_own_attacks_run_in_the_suite_of_fewest_images(data: EvaluationSet, tmp_path: Path) -> None:
+    entry = evaluate(tmp_path, data, [Candidate(armed())]).report["systems"][0]
+    own = [c for c in entry["cells"] if c["attack"] in ("own", "theirs")]
+    assert [(c["suite"], c["attack"], c["method"], c["view"], c["n"]) for c in own] == [
+        ("extended", "own", "MIM", "adaptive", 60), ("extended", "theirs", "Weak", "adaptive", 60),
+    ]  # fmt: skip
+    worst = entry["worst"]
+    assert worst["core"]["adaptive"]["n"] == 120 and "core/own" not in worst["all"]["adaptive"]["attacks"]
+    assert "extended/own" in worst["all"]["adaptive"]["attacks"]
+
+
+def test_the_suite_of_a_systems_own_attacks_may_be_named(data: EvaluationSet, tmp_path: Path) -> None:
+    entry = evaluate(tmp_path, data, [Candidate(armed())], params(procedures="core")).report["systems"][0]
+    assert {c["suite"] for c in entry["cells"] if c["attack"] == "own"} == {"core"}
+
+
+def test_the_budget_scales_a_systems_own_attacks_and_not_a_papers() -> None:
+    assert scaled(MIM(steps=8), 0.25) == MIM(steps=2) and scaled(MIM(steps=8), 0.01) == MIM(steps=1)
+    assert scaled(FGSM(), 0.25) == FGSM() and scaled(Weak(), 0.25) == Weak()
+    published = PublishedATLD()
+    assert scaled(published, 0.25) is published
+
+
+def test_the_papers_protocol_is_told_apart_and_left_out_of_nothing(data: EvaluationSet, tmp_path: Path) -> None:
+    """What a paper reports (static attacks, its own "adaptive" ones) stands beside what the worst case leaves."""
+    given = params(gate={"images": 60, "corners": 5, "steps": 4, "fewer_steps": 2, "unbounded_steps": 5})
+    entry = evaluate(tmp_path, data, [Candidate(armed())], given).report["systems"][0]
+    protocol = {(c["suite"], c["attack"], c["view"]): c["protocol"] for c in entry["cells"]}
+    assert {key for key, value in protocol.items() if value == "published"} == {
+        ("core", "pgd", "static"), ("extended", "l2", "static"), ("extended", "theirs", "adaptive"),
+    }  # fmt: skip
+    every = entry["worst"]["all"]
+    assert every["published"]["attacks"] == ["core/pgd (static)", "extended/l2 (static)", "extended/theirs"]
+    assert set(every["published"]["attacks"]) < set(every["adaptive"]["attacks"])
+    assert every["static"]["attacks"] == ["core/pgd (static)", "extended/l2 (static)"]
+    assert every["adaptive"]["accuracy"] <= every["published"]["accuracy"] <= every["static"]["accuracy"]
+    # A published attack above clean accuracy discredits the published figures, not the system's.
+    theirs = next(c for c in entry["cells"] if c["attack"] == "theirs")
+    above = {c["name"]: c for c in entry["gate"]["checks"] if c["name"].startswith("no attack above clean")}
+    assert theirs["accuracy"] >= entry["clean"]["accuracy"] - 0.1
+    assert "theirs" in above["no attack above clean (static)"]["detail"]
+    assert above["no attack above clean (static)"]["concerns"] == "static"
+    assert "theirs" not in above["no attack above clean (adaptive)"]["detail"]
+    json.dumps(entry, allow_nan=False)
+
+
+def test_a_system_with_one_face_has_no_published_worst_case(data: EvaluationSet, tmp_path: Path) -> None:
+    entry = evaluate(tmp_path, data, [Candidate(plain())]).report["systems"][0]
+    assert {c["protocol"] for c in entry["cells"]} == {"adaptive"}
+    assert entry["worst"]["all"]["published"] is None
 
 
 def test_a_short_card_is_untrained() -> None:
@@ -317,6 +418,7 @@ def test_durations(seconds: float, text: str) -> None:
         ({"suites": {"core": {"attacks": {"x": {"attack": "pgd", "options": {"stepz": 1}}}}}}, "stepz"),
         ({"suites": {"core": {"attacks": {"x": {"attack": "transfer"}}}}}, "needs evaluate.source"),
         ({"sweep": {"attack": "pgd", "radii": [0.2, 0.1]}}, "radii must rise"),
+        ({"procedures": "extend"}, "no suite 'extend'; did you mean 'extended'"),
         ({"chunk": 0}, "chunk"),
         ({"gate": {"step": 3}}, "step"),
     ],

@@ -89,6 +89,8 @@ class Attack(ABC):
     minimum_norm: ClassVar[bool] = False
     """True if the search has no radius: its budget is the box, and it succeeds where the distance is small enough."""
     binds: ClassVar[Literal["source", "weights"] | None] = None
+    published: ClassVar[bool] = False
+    """True for a paper's own evaluation of its defense, kept to show what that reports."""
 
     @final
     def __call__(
@@ -115,7 +117,7 @@ class Attack(ABC):
         x = checked_images(system, x)
         check_goal(goal, len(x), system.num_classes)
         self.accept(threat)
-        face, verification = self._face(system, view)
+        face = self._face(system, view)
         cost = Cost.zero(len(x))
         with system.frozen():
             found = self.run(watched(face, system), x, goal, threat, seed, cost)
@@ -128,8 +130,9 @@ class Attack(ABC):
                 raise AssertionError(f"{type(self).__name__} left its budget at image {at}")
             x_adv = shown.x_adv
             prediction = system.decide(x_adv)
-        cost.forwards += verification[0]
-        cost.backwards += max(verification[1] - 1, 0)
+        forwards, backwards = system.decision_passes()
+        cost.forwards += forwards
+        cost.backwards += backwards
         success = goal.reached(prediction)
         if self.minimum_norm:
             success &= threat.contains(x_adv, x)
@@ -147,6 +150,11 @@ class Attack(ABC):
         in the worst case of a threat model only where that contains them.
         """
         return ThreatModel("linf", 1.0) if self.minimum_norm else threat
+
+    @property
+    def upper_bound(self) -> bool:
+        """True of an attack cut short: its figure is labelled an upper bound, whatever runs beside it."""
+        return False
 
     def accept(self, threat: ThreatModel) -> None:
         """Raises UserError for a threat model that it cannot work in."""
@@ -172,8 +180,8 @@ class Attack(ABC):
         """This attack with the weights of `fitted`, by "module.parameter" names."""
         raise UserError(f"attack {type(self).__name__} has no weights")
 
-    def _face(self, system: System, view: str) -> tuple[View, tuple[int, int]]:
-        """The view that is attacked, and what one evaluation of the whole system passes through."""
+    def _face(self, system: System, view: str) -> View:
+        """The view that is attacked. One whose answers are noisy has its own `decisions`, by draws of its own."""
         missing = self.needs - system.offers
         if missing:
             raise UserError(
@@ -183,5 +191,4 @@ class Attack(ABC):
         views = system.views()
         if view not in views:
             raise UserError(f"{system.name} has no view {view!r}; views: {', '.join(views)}")
-        face = replace(views[view], decisions=system.decide)
-        return face, views.get("adaptive", face).passes
+        return replace(views[view], decisions=views[view].decisions or system.decide, system=system)

@@ -107,11 +107,11 @@ class Live:
             self.value[index], self.fallen[index], None if self.climbed is None else self.climbed[index],
         )  # fmt: skip
 
-    def judge(self, logits: Tensor, values: Tensor, exact: bool) -> None:
+    def judge(self, logits: Tensor, values: Tensor, view: View) -> None:
         """Keep the iterate where it is the first success (exact view), or where it is the best so far (any other)."""
         logits, values = logits.detach(), values.detach()
-        if exact:
-            better = self.goal.reached(logits.argmax(1)) & ~self.fallen
+        if view.exact:
+            better = self.goal.reached(view.labels(logits, self.x_adv)) & ~self.fallen
             self.fallen = self.fallen | better
         else:
             better = values > self.value
@@ -133,7 +133,9 @@ class Climb:
     any other view success cannot be seen: all steps of all restarts are done, and the iterate, or the last iterate,
     of the highest objective is kept.
 
-    Noise is drawn for the whole chunk from (seed, restart): an image's result depends on no other image.
+    Noise is drawn for the whole chunk from (seed, restart): an image's result depends on no other image. `among`
+    (positions, long) leaves the other images out, and returns them as they are; `standing` are, after `run`, the
+    positions of those that were not seen to fall.
     """
 
     view: View
@@ -143,6 +145,7 @@ class Climb:
     seed: int
     cost: Cost
     plan: Plan
+    among: Tensor | None = None
 
     def run(self) -> Tensor:
         n, device = len(self.x), self.x.device
@@ -151,13 +154,15 @@ class Climb:
             rows=torch.arange(n, device=device), x=self.x, x_adv=self.x, goal=self.goal, kept=self.out,
             value=torch.full((n,), -torch.inf, device=device), fallen=torch.zeros(n, dtype=torch.bool, device=device),
         )  # fmt: skip
-        for restart in range(self.plan.restarts):
+        live = live if self.among is None else live[self.among]
+        for restart in range(self.plan.restarts if len(live) else 0):
             live = self._drop_fallen(self._restart(live, restart))
             if len(live):
                 live = self._judge_last(live, last=restart == self.plan.restarts - 1)
             if not len(live):
                 break
         self.out[live.rows] = live.kept
+        self.standing = live.rows
         return self.out
 
     def _restart(self, live: Live, restart: int) -> Live:
@@ -173,7 +178,7 @@ class Climb:
                 values = plan.objective(logits, live.goal)
             live.x_adv = leaf.detach()
             if watch:
-                live.judge(logits, values, view.exact)
+                live.judge(logits, values, view)
             down = int(live.fallen.sum()) if watch and view.exact and t % plan.check_every == 0 else 0
             if down == len(live):
                 self._pay(live, unpaid + 1, unpaid)
@@ -196,7 +201,7 @@ class Climb:
             return live
         with torch.no_grad():
             logits = self.view.logits(live.x_adv)
-            live.judge(logits, self.plan.objective(logits, live.goal), exact)
+            live.judge(logits, self.plan.objective(logits, live.goal), self.view)
         self.cost.queries[live.rows.cpu()] += 1
         return self._drop_fallen(live)
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from casemate.threat import ThreatModel
 
 ENGINE = ("casemate.attacks", "casemate.objectives", "casemate.threat", "casemate.seeding")
-INFERENCE = ("casemate.system", "casemate.networks", "casemate.purification", "casemate.detectors")
+INFERENCE = (
+    "casemate.system", "casemate.randomised", "casemate.networks", "casemate.purification", "casemate.detectors",
+)  # fmt: skip
 """Packages whose code decides a result when it is imported, at whatever depth, by the attack or by the system."""
 
 

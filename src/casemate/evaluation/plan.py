@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from casemate.evaluation.ledger import Cell, Ledger, Shard, full_precision
 from casemate.evaluation.probes import RandomCorners
 from casemate.evaluation.schema import AttackParams, CellParams, EvaluateParams, Sweep
 from casemate.objectives import cross_entropy
-from casemate.system import System, View
+from casemate.system import ANSWERS, System, View
 from casemate.threat import ThreatModel, untargeted
 
 Bind = Callable[[str, Attack], Attack]
@@ -44,6 +44,12 @@ class Planned:
         """What its successes are successes under: the threat model, or what the attack has in its place, such as a
         flow. Only cells of equal budgets may be compared."""
         return self.threat if self.attack.minimum_norm else self.attack.budget(self.threat)
+
+    @property
+    def published(self) -> bool:
+        """Whether this is how papers evaluate such a system: an attack that leaves out what inference adds, or one
+        of its own paper's. Kept in every worst case, and told apart in the report."""
+        return self.attack.published or self.view == "static"
 
     def __str__(self) -> str:
         return f"{self.suite} {self.name}" + (" (static)" if self.view == "static" else "")
@@ -87,6 +93,15 @@ def build_attack(name: str, params: AttackParams, budget: float, bind: Bind) -> 
     return bind(name, made)
 
 
+def scaled(attack: Attack, budget: float) -> Attack:
+    """The attack with its steps, where it has any, scaled by `budget`, as `build_attack` does it."""
+    steps = getattr(attack, "steps", None)
+    if budget == 1 or not isinstance(steps, int) or not is_dataclass(attack) or attack.published:
+        return attack
+    changed: Any = replace(attack, steps=max(1, round(steps * budget)))
+    return cast(Attack, changed)
+
+
 def plan_suites(
     system: System, params: EvaluateParams, threat: ThreatModel, *, total: int, most: int, budget: float, bind: Bind
 ) -> Plan:
@@ -94,12 +109,13 @@ def plan_suites(
 
     A system that does not change its inference is attacked once; otherwise `view` says through which faces. An
     attack that asks for what the system does not offer is left out, and said; a system without gradient meets random
-    corners of the ball in the first suite.
+    corners of the ball in the first suite. The system's own procedures run in the suite `params.procedures`, by
+    default that of the fewest images.
     """
     plan = Plan()
-    adaptive = system.adaptive_attacks()
+    home = params.procedures or min(params.suites, key=lambda suite: _images(params, suite, total))
     for suite, content in params.suites.items():
-        images = min(total, most, total if content.images == "all" else content.images)
+        images = min(most, _images(params, suite, total))
         for name, cell in content.attacks.items():
             attack = build_attack(name, cell, budget, bind)
             missing = attack.needs - system.offers
@@ -109,13 +125,18 @@ def plan_suites(
             where = ThreatModel(cell.threat.norm, cell.threat.radius) if cell.threat else threat
             views = _views(system, cell, attack)
             plan.suites += [Planned(name, suite, cell.attack, attack, where, view, images) for view in views]
-        for name, attack in adaptive.items():
-            plan.suites.append(Planned(name, suite, type(attack).__name__, attack, threat, "adaptive", images))
+        for name, attack in (system.adaptive_attacks() if suite == home else {}).items():
+            own = scaled(attack, budget)
+            plan.suites.append(Planned(name, suite, type(own).__name__, own, threat, "adaptive", images))
         if "gradient" not in system.offers and suite == next(iter(params.suites)):
             corners = RandomCorners()  # the least that can be asked of a model that only shows its answers
             plan.suites.append(Planned("corners", suite, "random_corners", corners, threat, "adaptive", images))
-        adaptive = {}  # a system's own procedures run once, in the first suite
     return plan
+
+
+def _images(params: EvaluateParams, suite: str, total: int) -> int:
+    asked = params.suites[suite].images
+    return total if asked == "all" else min(asked, total)
 
 
 def plan_sweep(sweep: Sweep, threat: ThreatModel, *, total: int, budget: float, bind: Bind) -> list[Planned]:
@@ -127,8 +148,10 @@ def plan_sweep(sweep: Sweep, threat: ThreatModel, *, total: int, budget: float, 
 
 
 def _views(system: System, cell: CellParams, attack: Attack) -> list[str]:
-    if not system.changes_inference or "gradient" not in attack.needs:
-        return ["adaptive"]  # one face, or an attack that looks at nothing but decisions
+    if not system.changes_inference or "gradient" not in attack.needs or attack.needs - ANSWERS:
+        return ["adaptive"]  # one face, or an attack that looks at decisions only, or into inference itself
+    if blind(system):
+        return ["static"]
     wanted = ("adaptive", "static") if cell.view == "both" else (cell.view,)
     return [view for view in wanted if view in system.views()]
 
@@ -137,11 +160,20 @@ def _offers(system: System) -> str:
     return " and ".join(sorted(system.offers)) or "nothing"
 
 
+def blind(system: System) -> bool:
+    """Whether the system's faces leave out what its inference adds, so that only its own procedures are adaptive: it
+    has no adaptive view, or one that is the static view by another name."""
+    faces = system.views()
+    if not system.changes_inference or "adaptive" not in faces:
+        return system.changes_inference
+    return "static" in faces and faces["static"].logits == faces["adaptive"].logits
+
+
 def not_evaluated(system: System) -> str | None:
     """Why no number is printed for a system; None if it can be evaluated."""
-    if system.stochastic:
-        return "answers with noise, and attacks here do not average over draws: not evaluated"
-    if system.changes_inference and "adaptive" not in system.views() and not system.adaptive_attacks():
+    if system.stochastic and not system.draws:
+        return "answers with noise, and offers no draws that attacks could average over: not evaluated"
+    if blind(system) and not system.adaptive_attacks():
         return "changes its inference and ships no adaptive view or attack: not evaluated"
     return None
 

@@ -6,7 +6,8 @@ The move is up to the radius around the *attacked* image, so the image classifie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,12 +15,23 @@ from torch import Tensor, nn
 
 from casemate.networks.base import Classifier
 from casemate.networks.critics import Critic, Latent, read_codes
-from casemate.system import frozen
+from casemate.system import Offer, Purification, View, frozen, identity_backward, noise_averaged
 
 Rule = Literal["full", "interval"]
 
 
-class IMT:
+@dataclass(frozen=True)
+class Walk:
+    """One purification: the purified images, and of each step the gradient of z that it followed. `z` (N,) is the
+    first step's, `reach` N x 1 x 1 x 1 in pixels."""
+
+    purified: Tensor
+    z: Tensor
+    gradients: tuple[Tensor, ...]
+    reach: Tensor
+
+
+class IMT(Purification):
     """x -> clip(x + m eps sign(grad_x z(x))), z being the critic's logit of "clean" on the classifier's code.
 
     The published step descends BCE(sigmoid(z), 1), whose gradient is that of -z times a positive number: the sign
@@ -42,6 +54,8 @@ class IMT:
             latent,
         )
         self.passes = (steps, steps)
+        band_offered: frozenset[Offer] = frozenset({"band"} if rule == "interval" else ())
+        self.offers = frozenset({"purification", "critic"}) | band_offered
 
     def readout(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(z (N,), logits N x classes) of images as they are, differentiable: what an export traces."""
@@ -61,19 +75,53 @@ class IMT:
         moved = at + self.step * reach * gradient.sign()
         return torch.minimum(torch.maximum(moved, x - reach), x + reach).clamp(0, 1)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Purified images, like `x` (N x C x H x W in [0, 1]), without a gradient. Callable under no_grad, too."""
+    def walk(self, x: Tensor) -> Walk:
+        """The purification of `x`, with what it saw on the way; no tensor has a gradient."""
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.classifier, self.critic):
             x = at = x.detach().clone()
-            reach = torch.zeros(())
+            reach, first, gradients = torch.zeros(()), torch.zeros(()), []
             for number in range(self.steps):
                 at = at.detach().requires_grad_()
                 z, _ = self.readout(at)
                 # Samples are independent in eval mode: the gradient of the sum is every sample's own.
                 (gradient,) = torch.autograd.grad(z.sum(), at)
                 if number == 0:
-                    reach = (self.radius * self.strength(z.detach())).view(-1, 1, 1, 1)
+                    first = z.detach()
+                    reach = (self.radius * self.strength(first)).view(-1, 1, 1, 1)
                 at = self.move(at.detach(), gradient, x, reach)
+                gradients.append(gradient)
+        return Walk(at, first, tuple(gradients), reach)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Purified images, like `x` (N x C x H x W in [0, 1]), without a gradient. Callable under no_grad, too."""
+        return self.walk(x).purified
+
+    def moved(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        walk = self.walk(x)
+        push = torch.zeros_like(walk.purified)
+        for gradient in walk.gradients:
+            push = push + self.step * walk.reach * gradient.sign()
+            push = torch.minimum(torch.maximum(push, -walk.reach), walk.reach)
+        return walk.purified, push
+
+    def smoothed(self, x: Tensor, temperature: float = 1.0) -> Tensor:
+        """The purified images with the gradient of a smoothed move: tanh(g / T) for sign(g), differentiated through
+        g (ATTACKS 9.4 A2). T is `temperature` times each image's median |g|, zeros left out.
+
+        Where z is piecewise linear in x (ReLU networks), g has no slope, and this is the identity backward.
+        """
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self(x)
+        with frozen(self.classifier, self.critic):
+            at, reach = x, torch.zeros(())
+            for number in range(self.steps):
+                z, _ = self.readout(at)
+                (gradient,) = torch.autograd.grad(z.sum(), at, create_graph=True)
+                if number == 0:
+                    reach = (self.radius * self.strength(z.detach())).view(-1, 1, 1, 1)
+                exact = self.move(at.detach(), gradient.detach(), x.detach(), reach)
+                soft = at + self.step * reach * torch.tanh(gradient / (temperature * usual_size(gradient.detach())))
+                at = exact + (soft - soft.detach())
         return at
 
     def score(self, x: Tensor) -> Tensor:
@@ -93,3 +141,30 @@ class IMT:
     def modules(self) -> Sequence[nn.Module]:
         """The critic."""
         return [self.critic]
+
+    def views(self, classifier: Callable[[Tensor], Tensor]) -> dict[str, View]:
+        """ "adaptive" (identity backward), "smoothed" (see `smoothed`), and "averaged": the mean of ten Jacobians in
+        a neighbourhood of one grey level. The logits of all three are the deployed ones, bit for bit."""
+        adaptive = identity_backward(classifier, self)
+        # Differentiating a gradient costs about two more backward passes.
+        smoothed = View(
+            "smoothed",
+            lambda x: classifier(self.smoothed(x)),
+            True,
+            self.offers,
+            (1 + self.steps, 1 + 3 * self.steps),
+        )
+        return {"adaptive": adaptive, "smoothed": smoothed, "averaged": noise_averaged(adaptive, 10, 1 / 255)}
+
+    def adaptive_attacks(self) -> dict[str, Any]:
+        """What ATTACKS 9.3 and 9.4 ask beyond the views; see `casemate.purification.imt_attacks`."""
+        from casemate.purification.imt_attacks import procedures
+
+        return procedures(self.rule)
+
+
+def usual_size(gradient: Tensor) -> Tensor:
+    """N x 1 x 1 x 1: the median of each image's |g| where it is not zero; 1 where all of it is zero."""
+    size = gradient.abs().flatten(1)
+    size = torch.where(size > 0, size, torch.nan).nanmedian(dim=1).values
+    return size.nan_to_num(1.0).view(-1, *[1] * (gradient.dim() - 1))
