@@ -1,9 +1,10 @@
 """What the exported purification costs in ONNX Runtime: f(IMT(x)) as one graph against the plain classifier.
 
-    python benchmarks/onnx_latency.py [--rounds 25] [--networks lenet5 resnet20]
+    python benchmarks/onnx_latency.py [--rounds 25] [--networks lenet5 resnet20] [--threads 1]
 
-CPU time of one thread (wall time says little on a shared machine), the graphs taking turns in every round; medians
-over the rounds, of times and of each round's ratio to the plain graph. Untrained weights: they do not change the
+CPU time of one thread (wall time says little on a shared machine), or, with more threads, wall time, for which the
+machine must be idle; the graphs taking turns in every round; medians over the rounds, of times and of each round's
+ratio to the plain graph. Untrained weights: they do not change the
 work. "imt" has a critic of one linear layer, so it shows the cost of the gradient and the second pass; "imt+critic"
 has ATLD's WRN-28-5 in its 1x1 form; "critic's products" is a graph of nothing but the matrix products of that critic,
 forward and backward, the least that it can add; "plain (exporter's)" is what torch.onnx.export alone makes of it.
@@ -18,6 +19,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,45 +104,46 @@ def products(critic: nn.Module) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
-def measure(sessions: dict[str, Any], batch: int, rounds: int) -> dict[str, list[float]]:
-    """CPU milliseconds per run, one number per round."""
+def measure(sessions: dict[str, Any], batch: int, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Milliseconds per run, one number per round."""
     rng, feeds, repeats = np.random.default_rng(0), {}, {}
     for name, session in sessions.items():
         feeds[name] = {"image": rng.random((batch, *session.get_inputs()[0].shape[1:]), np.float32)}
         session.run(None, feeds[name])
-        began, count = time.thread_time(), 0
-        while time.thread_time() - began < ROUND_SECONDS:
+        began, count = clock(), 0
+        while clock() - began < ROUND_SECONDS:
             session.run(None, feeds[name])
             count += 1
         repeats[name] = count
     taken: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(rounds):
         for name, session in sessions.items():
-            began = time.thread_time()
+            began = clock()
             for _ in range(repeats[name]):
                 session.run(None, feeds[name])
-            taken[name].append((time.thread_time() - began) / repeats[name] * 1e3)
+            taken[name].append((clock() - began) / repeats[name] * 1e3)
     return taken
 
 
-def rows(network: str, rounds: int) -> list[dict[str, Any]]:
+def rows(network: str, rounds: int, threads: int) -> list[dict[str, Any]]:
     """One row per batch size and graph, printed as it is made."""
     made = []
     with tempfile.TemporaryDirectory() as folder:
         files = graphs(network, Path(folder))
-        sessions = {name: open_session(path, "cpu", threads=1) for name, path in files.items()}
+        sessions = {name: open_session(path, "cpu", threads=threads) for name, path in files.items()}
+        clock = time.thread_time if threads == 1 else time.perf_counter
         for batch in BATCHES:
-            taken = measure(sessions, batch, rounds)
+            taken = measure(sessions, batch, rounds, clock)
             for name, times in taken.items():
                 ratios = [t / plain for t, plain in zip(times, taken["plain"], strict=True)]
                 low, middle, high = statistics.quantiles(ratios, n=4)
                 row = {
-                    "network": network, "batch": batch, "graph": name, "cpu_ms": round(statistics.median(times), 4),
+                    "network": network, "batch": batch, "graph": name, "ms": round(statistics.median(times), 4),
                     "ratio": round(middle, 2), "ratio_quartiles": [round(low, 2), round(high, 2)],
                     "goal": GOALS[network].get(name), "bytes": files[name].stat().st_size,
                 }  # fmt: skip
                 goal = "" if row["goal"] is None else f"  goal {row['goal']:4.1f}"
-                print(f"{network:9} batch {batch:2}  {name:19} {row['cpu_ms']:9.4f} ms {row['ratio']:7.2f} x{goal}")
+                print(f"{network:9} batch {batch:2}  {name:19} {row['ms']:9.4f} ms {row['ratio']:7.2f} x{goal}")
                 made.append(row)
     return made
 
@@ -149,15 +152,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--networks", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    time_of = "CPU time of one thread" if options.threads == 1 else f"wall time of {options.threads} threads"
     conditions = {
-        "time": "CPU time of one thread, median; ratios are medians of each round's", "rounds": options.rounds,
+        "time": f"{time_of}, median; ratios are medians of each round's", "rounds": options.rounds,
         "machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__, "load_at_start": round(os.getloadavg()[0], 1),
     }  # fmt: skip
-    found = [row for network in options.networks for row in rows(network, options.rounds)]
-    out = Path("benchmarks/results/onnx_latency.json")
+    found = [row for network in options.networks for row in rows(network, options.rounds, options.threads)]
+    suffix = "" if options.threads == 1 else f"_{options.threads}_threads"
+    out = Path(f"benchmarks/results/onnx_latency{suffix}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_suffix(".tmp")
     temporary.write_text(json.dumps({"conditions": conditions, "rows": found}, indent=1) + "\n")
