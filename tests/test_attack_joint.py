@@ -44,7 +44,7 @@ class Regression:
         return [self.scorer]
 
 
-THREAT = ThreatModel("linf", 0.15)
+THREAT = ThreatModel("linf", 0.25)
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def guarded() -> DetectorSystem:
     """The digits network behind a detector fitted to PGD on the first 800 images, with 5 % false alarms on them."""
     network, (x, y) = trained_network(), digits()
     x, goal = x[:800], untargeted(y[:800])
-    attacked = PGD(steps=20)(system(network, (1, 8, 8), 10), x, goal, THREAT).x_adv
+    attacked = PGD(steps=20, keep="last")(system(network, (1, 8, 8), 10), x, goal, THREAT).x_adv
     torch.manual_seed(0)
     scorer = nn.Sequential(nn.BatchNorm1d(96, affine=False), nn.Linear(96, 1))
     detector = Regression(network, scorer, 0.0)
@@ -76,15 +76,16 @@ def test_a_detector_that_stops_blind_attacks_does_not_stop_joint_ones() -> None:
     victim, (x, y) = guarded(), digits()
     x, goal = x[1000:1150], untargeted(y[1000:1150])
     clean = victim.decide(x)
-    assert (clean == goal.labels).float().mean() > 0.75 and (clean == -1).float().mean() < 0.15
-    fooled = system(trained_network(), (1, 8, 8), 10)
-    blind = PGD(steps=40)(fooled, x, goal, THREAT)
-    assert blind.success.float().mean() > 0.8
-    flagged = victim.decide(blind.x_adv) == -1
-    stopped = PGD(steps=40)(victim, x, goal, THREAT)
-    joint = Joint(steps=40)(victim, x, goal, THREAT)
-    assert flagged[blind.success].float().mean() > 0.7
-    assert joint.success.float().mean() > stopped.success.float().mean() + 0.3
+    assert (clean == goal.labels).float().mean() > 0.8 and (clean == -1).float().mean() < 0.15
+    blind = PGD(steps=40)(victim, x, goal, THREAT)
+    plain = system(trained_network(), (1, 8, 8), 10).decide(blind.x_adv)
+    assert (
+        plain != goal.labels
+    ).all()  # the classifier alone is fooled everywhere, and the detector stops half of it
+    assert (blind.prediction == -1).float().mean() > 0.4
+    one, joint = (Joint(steps=40, rounds=n)(victim, x, goal, THREAT) for n in (1, 5))
+    assert joint.success.float().mean() > blind.success.float().mean() + 0.4
+    assert joint.success.sum() > one.success.sum()  # some images need another c
     assert (joint.prediction[joint.success] >= 0).all()
 
 

@@ -259,9 +259,9 @@ def test_a_face_that_is_adaptive_in_name_only_is_no_adaptive_face(data: Evaluati
     assert "not evaluated" in str(not_evaluated(made(Alias)))
     given = params(gate={}, sweep={"attack": "pgd", "radii": [0.1]})
     entry = evaluate(tmp_path, data, [Candidate(made(Armoured))], given).report["systems"][0]
-    # Plain attacks never meet the purification there: they count as static, and the gate has nothing to judge.
+    # No plain attack meets the purification there, whatever it asks for: all are static, and no gate can judge.
     assert {(c["attack"], c["view"]) for c in entry["cells"]} == {
-        ("pgd", "static"), ("l2", "static"), ("own", "adaptive"), ("theirs", "adaptive"),
+        ("pgd", "static"), ("fgsm", "static"), ("l2", "static"), ("own", "adaptive"), ("theirs", "adaptive"),
     }  # fmt: skip
     assert entry["gate"]["verdict"] == "not run" and entry["sweep"] is None and "not_evaluated" not in entry
 
@@ -352,7 +352,10 @@ def test_the_budget_scales_a_systems_own_attacks_and_not_a_papers() -> None:
 def test_the_papers_protocol_is_told_apart_and_left_out_of_nothing(data: EvaluationSet, tmp_path: Path) -> None:
     """What a paper reports (static attacks, its own "adaptive" ones) stands beside what the worst case leaves."""
     given = params(gate={"images": 60, "corners": 5, "steps": 4, "fewer_steps": 2, "unbounded_steps": 5})
-    entry = evaluate(tmp_path, data, [Candidate(armed())], given).report["systems"][0]
+    second = armed().logits(data.take(range(120))[0]).topk(2).indices[:, 1].numpy()
+    labels = np.where(np.arange(120) % 3 == 0, second, data.images.labels)  # clean errors, close to being right
+    odd = EvaluationSet(Images(data.images.images, labels))
+    entry = evaluate(tmp_path, odd, [Candidate(armed())], given).report["systems"][0]
     protocol = {(c["suite"], c["attack"], c["view"]): c["protocol"] for c in entry["cells"]}
     assert {key for key, value in protocol.items() if value == "published"} == {
         ("core", "pgd", "static"), ("extended", "l2", "static"), ("extended", "theirs", "adaptive"),
@@ -360,15 +363,14 @@ def test_the_papers_protocol_is_told_apart_and_left_out_of_nothing(data: Evaluat
     every = entry["worst"]["all"]
     assert every["published"]["attacks"] == ["core/pgd (static)", "extended/l2 (static)", "extended/theirs"]
     assert set(every["published"]["attacks"]) < set(every["adaptive"]["attacks"])
-    assert every["static"]["attacks"] == ["core/pgd (static)", "extended/l2 (static)"]
+    assert every["static"]["attacks"] == ["core/pgd", "extended/l2"]
     assert every["adaptive"]["accuracy"] <= every["published"]["accuracy"] <= every["static"]["accuracy"]
     # A published attack above clean accuracy discredits the published figures, not the system's.
-    theirs = next(c for c in entry["cells"] if c["attack"] == "theirs")
     above = {c["name"]: c for c in entry["gate"]["checks"] if c["name"].startswith("no attack above clean")}
-    assert theirs["accuracy"] >= entry["clean"]["accuracy"] - 0.1
-    assert "theirs" in above["no attack above clean (static)"]["detail"]
-    assert above["no attack above clean (static)"]["concerns"] == "static"
-    assert "theirs" not in above["no attack above clean (adaptive)"]["detail"]
+    static, adaptive = above["no attack above clean (static)"], above["no attack above clean (adaptive)"]
+    assert static["detail"].startswith("theirs: ") and static["concerns"] == "static" and not static["passed"]
+    assert adaptive["passed"] and "theirs" not in adaptive["detail"]
+    assert entry["gate"]["static"] == "unreliable"
     json.dumps(entry, allow_nan=False)
 
 

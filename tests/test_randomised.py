@@ -211,5 +211,5 @@ def test_it_is_evaluated_through_both_faces(digits: Loaded, tmp_path: Path) -> N
 
     entry = run("a")["systems"][0]
     assert [(c["view"], c["forwards"]) for c in entry["cells"]] == [("adaptive", 2 * 3 + 6), ("static", 2 + 6)]
-    assert "not_evaluated" not in entry and entry["worst"]["core"]["static"]["attacks"] == ["pgd (static)"]
+    assert "not_evaluated" not in entry and entry["worst"]["core"]["static"]["attacks"] == ["pgd"]
     assert run("b")["systems"][0] == entry

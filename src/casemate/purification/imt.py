@@ -54,8 +54,8 @@ class IMT(Purification):
             latent,
         )
         self.passes = (steps, steps)
-        band_offered: frozenset[Offer] = frozenset({"band"} if rule == "interval" else ())
-        self.offers = frozenset({"purification", "critic"}) | band_offered
+        parts: tuple[Offer, ...] = ("purification", "critic", "band")
+        self.offers = frozenset(parts if rule == "interval" else parts[:2])
 
     def readout(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(z (N,), logits N x classes) of images as they are, differentiable: what an export traces."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -131,19 +132,23 @@ class MaskControl(Attack):
 
     def _objectives(self, band: tuple[float, float]) -> Iterator[Objective]:
         low, high = (float(torch.tensor(edge).logit(eps=1e-6)) for edge in band)
-        base = objective(self.objective)
-
-        def excess(out: Tensor) -> Tensor:
-            return torch.maximum(low - out[:, -1], out[:, -1] - high)
-
         for c in self.weights:
-            yield lambda out, goal, c=c: base(out[:, :-1], goal) - c * excess(out).clamp(min=0)
-            yield lambda out, goal, c=c: base(out[:, :-1], goal) + c * excess(out).clamp(max=0)
+            for inside in (True, False):
+                yield partial(_steered, objective(self.objective), low, high, c, inside)
 
     def passes(self, view: View, n: int) -> tuple[int, int, int]:
         rounds = 2 * len(self.weights)
         looks = n * self.steps * rounds
         return looks * view.passes[0], looks * view.passes[1], n * (rounds - 1)
+
+
+def _steered(
+    base: Objective, low: float, high: float, weight: float, inside: bool, out: Tensor, goal: Goal
+) -> Tensor:
+    """The objective, and a pull into the band of logits (or out of it) as long as z is on its other side."""
+    excess = torch.maximum(low - out[:, -1], out[:, -1] - high)
+    pull = -excess.clamp(min=0) if inside else excess.clamp(max=0)
+    return base(out[:, :-1], goal) + weight * pull
 
 
 def guided(view: View, imt: IMT) -> View:
