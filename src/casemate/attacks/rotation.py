@@ -104,7 +104,7 @@ class _Expectation:
             logits = self.view.logits(x_adv)
             value = self.loss(logits, goal)
         self.cost.queries[rows.cpu()] += 1
-        fallen = goal.reached(logits.argmax(1)) & self.view.exact
+        fallen = goal.reached(self.view.labels(logits, x_adv)) & self.view.exact
         better = fallen if self.view.exact else value > self.best[rows]
         self.best[rows] = torch.where(better, value, self.best[rows])
         self.out[rows] = torch.where(better.view(-1, 1, 1, 1), x_adv, self.out[rows])

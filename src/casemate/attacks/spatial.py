@@ -97,7 +97,7 @@ class StAdv(Attack):
         def judge(logits: Tensor, x_adv: Tensor, values: Tensor, live: Live) -> Tensor:
             if not view.exact:
                 return -margin(logits, live.goal)
-            return live.own["rough"].where(live.goal.reached(logits.argmax(1)), torch.inf)
+            return live.own["rough"].where(live.goal.reached(view.labels(logits, x_adv)), torch.inf)
 
         def smoothest(live: Live, values: Tensor, step: int) -> Tensor:
             return live.score <= smooth * (1 + 1e-5)  # wrong without moving: nothing is smoother
@@ -179,7 +179,7 @@ class _Deformation:
                 scores = _scores(logits, goal, classes)
             self._pay(rows, forwards=1)
             self._judge(rows, logits.detach())
-            fooled = goal.reached(logits.detach().argmax(1))
+            fooled = goal.reached(self.view.labels(logits.detach(), leaf.detach()))
             if bool(fooled.all()):
                 return self._shown()
             moved, sound = self._move(rows, leaf, scores)

@@ -29,7 +29,7 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     rows = torch.arange(height, device=x.device, dtype=x.dtype).view(-1, 1)
     columns = torch.arange(width, device=x.device, dtype=x.dtype)
-    u, v = (columns + flow[:, 0]).clamp(0, width - 1), (rows + flow[:, 1]).clamp(0, height - 1)
+    u, v = _within(columns + flow[:, 0], width - 1), _within(rows + flow[:, 1], height - 1)
     left, top = u.detach().floor().clamp(max=max(width - 2, 0)), v.detach().floor().clamp(max=max(height - 2, 0))
     at = (top * width + left).long().flatten(1)[:, None].expand(-1, x.shape[1], -1)
     right, down, flat = min(width - 1, 1), width * min(height - 1, 1), x.flatten(2)
@@ -42,6 +42,11 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
     return torch.lerp(upper, torch.lerp(corner(down), corner(down + right), across), along)
 
 
+def _within(place: Tensor, last: int) -> Tensor:
+    """Cut to [0, last], with a slope at both ends: a clamp has none, and pixels of the edge would never start."""
+    return place.where(place >= 0, 0.0).where(place <= last, float(last))
+
+
 def displacement(flow: Tensor) -> Tensor:
     """(N,) the longest way of any pixel, in pixels: the norm ||tau||_T of Alaifari et al. (2019)."""
     longest: Tensor = flow.norm(dim=1).flatten(1).amax(1)
@@ -50,7 +55,8 @@ def displacement(flow: Tensor) -> Tensor:
 
 def limited(flow: Tensor, limit: float) -> Tensor:
     """`flow` with every vector longer than `limit` pixels cut to it."""
-    return flow * (limit / flow.norm(dim=1, keepdim=True).clamp_min(limit))
+    length: Tensor = flow.norm(dim=1, keepdim=True)
+    return flow * (limit / length.clamp_min(limit))
 
 
 def rotate(x: Tensor, degrees: Tensor, shift: Tensor | None = None) -> Tensor:

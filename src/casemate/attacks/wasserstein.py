@@ -51,7 +51,7 @@ class Window:
         """(R different costs ascending from 0, R x 1 x size x size masks of the offsets of each)."""
         line = torch.arange(self.size, dtype=torch.float64) - self.size // 2
         squares = line.square() + line.square()[:, None]
-        found = squares.unique()
+        found = torch.tensor(sorted({row**2 + column**2 for row, column in [(0, 0), *self.offsets()]})).double()
         masks = (squares == found.view(-1, 1, 1)).double()
         return found ** (self.power / 2), masks[:, None]
 
@@ -211,7 +211,7 @@ class _Growing:
 
     def _judge(self, rows: Tensor, logits: Tensor, values: Tensor, x_adv: Tensor, transport: Transport) -> Tensor:
         """Keep the first success, or on a view that is not exact the best; (L,) bool: what is finished."""
-        fallen = self.goal[rows].reached(logits.argmax(1)) & self.view.exact
+        fallen = self.goal[rows].reached(self.view.labels(logits, x_adv)) & self.view.exact
         better = fallen if self.view.exact else values > self.best[rows]
         self.best[rows[better]], self.out[rows[better]] = values[better], x_adv[better]
         self.kept[rows[better]] = transport[better]
