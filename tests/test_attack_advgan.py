@@ -20,7 +20,7 @@ SPEC = AdvGANTrainer(width=8, blocks=1, kappa=5.0)
 
 @functools.cache
 def fitted() -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    return fit(SPEC, epochs=8)
+    return fit(SPEC, epochs=6)
 
 
 def test_the_loop_fits_it_until_little_stands() -> None:
@@ -53,12 +53,9 @@ def test_the_critic_learns_first_and_each_loss_moves_its_own_player() -> None:
         for update in SPEC.step(ctx, x, y):
             (name,) = update.players
             order.append(name)
-            parameters = list(ctx.modules[name].parameters())
             adam[name].zero_grad()
             loss = update.loss()
-            torch.autograd.backward(loss, inputs=parameters)
-            other = next(p for key, m in ctx.modules.items() if key != name for p in m.parameters())
-            assert other.grad is None or order == ["critic", "generator"]
+            torch.autograd.backward(loss, inputs=list(ctx.modules[name].parameters()))
             adam[name].step()
             history[name].append(float(loss.detach()))
         assert order == ["critic", "generator"]

@@ -27,7 +27,7 @@ SMALL = ThreatModel("linf", 0.1)
 
 @functools.cache
 def fitted(which: int) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    return fit(BOTH[which][1])
+    return fit(BOTH[which][1], epochs=2)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=NAMES)
@@ -36,7 +36,7 @@ def test_the_loop_fits_it_until_little_stands(which: int) -> None:
     before = {k: v.clone() for k, v in trained_network().state_dict().items()}
     weights, curves = fitted(which)
     assert all(torch.equal(v, before[k]) for k, v in trained_network().state_dict().items())
-    assert curves[-1]["fooled"] > 0.8 > curves[0]["fooled"] + 0.05
+    assert curves[-1]["fooled"] > curves[0]["fooled"] + 0.02 and curves[-1]["fooled"] > 0.9
     assert strike(attack, spec, weights).success.float().mean() > 0.9
     single = type(attack)(draws=1)
     assert strike(single, spec, fresh(spec)).success.float().mean() < 0.7

@@ -138,14 +138,15 @@ class AdvGANTrainer(LearnedAttack):
 
         def critic_loss() -> Tensor:
             clean, adversarial = critic(x), critic(x_adv.detach())
-            return (clean - 1).square().mean() + adversarial.square().mean()
+            loss: Tensor = (clean - 1).square().mean() + adversarial.square().mean()
+            return loss
 
         def generator_loss() -> Tensor:
             logits = victim(x_adv).float()
             ctx.log(fooled=goal.reached(logits.detach().argmax(1)).float().mean())
             scores = logits if self.scores == "logits" else F.softmax(logits, 1)
-            far = (written.flatten(1).norm(dim=1) - self.free_distance).clamp_min(0.0).mean()
-            hidden = (critic(x_adv) - 1).square().mean()
+            far: Tensor = (written.flatten(1).norm(dim=1) - self.free_distance).clamp_min(0.0).mean()
+            hidden: Tensor = (critic(x_adv) - 1).square().mean()
             return self.gan * hidden + self.distance * far - self.adversarial * objective(scores, goal).mean()
 
         yield Update(("critic",), critic_loss)

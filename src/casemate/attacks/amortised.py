@@ -23,7 +23,15 @@ from casemate.attacks.distributions import (
     scaled_gradient,
     uniform_noise,
 )
-from casemate.attacks.learned import LearnedAttack, NeedsWeights, conclude, concluding_queries, look, slope
+from casemate.attacks.learned import (
+    LearnedAttack,
+    NeedsWeights,
+    conclude,
+    concluding_queries,
+    look,
+    offer,
+    slope,
+)
 from casemate.fields import Count, NonNegative, Real, spec
 from casemate.networks.base import Shape
 from casemate.networks.generators import PosteriorEncoder, ResidualGenerator
@@ -192,7 +200,7 @@ class AmortisedAttack(NeedsWeights):
         rows = chunk.rows()
         logits, at_x = look(chunk, rows, x)
         if self.draws > 1 or view.exact:
-            chunk.offer(rows, x, logits)
+            offer(chunk, rows, x, logits)
         left = chunk.standing[rows]
         rows, at_x = rows[left], at_x[left]
         if not len(rows):

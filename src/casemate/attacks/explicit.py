@@ -13,16 +13,7 @@ from casemate.attacks.base import Attack, Cost
 from casemate.attacks.chunk import Chunk
 from casemate.attacks.distributions import TanhGaussian
 from casemate.attacks.learned import conclude, concluding_queries
-from casemate.attacks.minimise import (
-    Found,
-    Live,
-    Parametrisation,
-    Task,
-    at_success,
-    minimise,
-    never,
-    unjudged,
-)
+from casemate.attacks.minimise import Found, Live, Parametrisation, Task, at_success, minimise, never
 from casemate.errors import UserError
 from casemate.fields import Count, Flag, NonNegative, Positive, spec
 from casemate.objectives import Objective, objective
@@ -93,14 +84,16 @@ class EXP(Attack):
 
         def judge(logits: Tensor, x_adv: Tensor, values: Tensor, live: Live) -> Tensor:
             score = -self._each(climbed, logits, live)
+            if not best:
+                return torch.full_like(score, torch.inf)
             if not view.exact:
                 return score
-            hit = self._repeated(live.goal).reached(logits.argmax(1)).view_as(score)
+            hit = self._repeated(live.goal).reached(view.labels(logits, x_adv)).view_as(score)
             return score.masked_fill(~hit, torch.inf)
 
         best = self.keep == "best"
         task = Task(
-            density, Accumulated(adam) if self.accumulate else adam, value, judge if best else unjudged, self.steps,
+            density, Accumulated(adam) if self.accumulate else adam, value, judge, self.steps,
             at_success if best and view.exact else never,
         )  # fmt: skip
         return minimise(task, view, x, goal, cost)

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from casemate.attacks.ascent import per_sample
 from casemate.attacks.base import Cost
 from casemate.attacks.chunk import Chunk, Rows
-from casemate.attacks.learned import LearnedAttack, NeedsWeights, conclude, concluding_queries, look, slope
+from casemate.attacks.learned import (
+    LearnedAttack,
+    NeedsWeights,
+    conclude,
+    concluding_queries,
+    look,
+    offer,
+    slope,
+)
 from casemate.fields import Count, Flag, Natural, NonNegative, Positive, spec
 from casemate.networks.base import Shape
 from casemate.networks.generators import SlimAttacker, UNetGenerator, WideAttacker
@@ -196,7 +204,7 @@ class L2LDATrainer(Recursive):
         # Divided by its largest entry first: the squares of small gradients are below what float32 holds.
         unit = gradient / per_sample(gradient.flatten(1).abs().amax(1), gradient)
         flat = unit.flatten(2 if self.gradient_norm == "channel" else 1)
-        norm = flat.norm(dim=-1).clamp_min(torch.finfo(flat.dtype).tiny)
+        norm: Tensor = flat.norm(dim=-1).clamp_min(torch.finfo(flat.dtype).tiny)
         return unit / norm.view(*norm.shape, *[1] * (unit.dim() - norm.dim()))
 
     def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
@@ -251,7 +259,7 @@ class RecursiveAttack(NeedsWeights):
         chunk = Chunk(view, x, goal, threat, seed, cost, score=cross_entropy)
         logits, gradient = look(chunk, chunk.rows(), x)
         if self._rivals(fitted) or view.exact:
-            chunk.offer(chunk.rows(), x, logits)
+            offer(chunk, chunk.rows(), x, logits)
         start = fitted.begin(x, gradient, goal.labels, x.new_empty(len(x), 0))
         for draw in range(self.tries(fitted)):
             start = start[chunk.standing[start.rows]]
@@ -269,7 +277,7 @@ class RecursiveAttack(NeedsWeights):
             logits, gradient = look(chunk, path.rows, x_adv)
             path = replace(path, gradient=gradient)
             if self.keep == "best":
-                chunk.offer(path.rows, x_adv, logits)
+                offer(chunk, path.rows, x_adv, logits)
                 path = path[chunk.standing[path.rows]]
             if not len(path):
                 return

@@ -157,6 +157,11 @@ def look(chunk: Chunk, rows: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor]:
     return logits, gradient
 
 
+def offer(chunk: Chunk, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
+    """Judge one image for each of `rows` by what the view has answered."""
+    chunk.offer(rows, x_adv, logits, chunk.hit(chunk.goal[rows], logits, x_adv))
+
+
 def conclude(chunk: Chunk, rows: Tensor, x_adv: Tensor, *, last: bool, rivals: bool = True) -> None:
     """The end of one draw: its images are judged by a query, unless there is nothing to learn from it.
 
@@ -168,7 +173,7 @@ def conclude(chunk: Chunk, rows: Tensor, x_adv: Tensor, *, last: bool, rivals: b
         return
     logits = chunk.query(x_adv)
     chunk.pay(rows, queries=1)
-    chunk.offer(rows, x_adv, logits)
+    offer(chunk, rows, x_adv, logits)
 
 
 def concluding_queries(view: View, draws: int, rivals: bool = True) -> int:

@@ -282,7 +282,8 @@ class ConditionalBatchNorm(nn.Module):
         if self.class_scale is not None:
             assert y is not None
             scale, shift = scale + self.class_scale[y], shift + self.class_shift[y]
-        return self.norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
+        out: Tensor = self.norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
+        return out
 
 
 def _noise_layers(z_dim: int) -> nn.Sequential:
