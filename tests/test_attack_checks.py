@@ -98,6 +98,6 @@ def test_probabilities_and_undefined_answers_are_said() -> None:
 
 
 def test_looking_at_the_answers_costs_no_pass() -> None:
-    counted = Counter(fresh_network())
+    counted = Counter(trained_network())
     attack(model=counted)
     assert counted.forwards == [4, 4] and counted.gradients == [4]  # one step and the verification

@@ -153,6 +153,18 @@ def test_the_sweep_starts_from_the_clean_accuracy(row: RowEvaluation) -> None:
     assert all(low <= a <= high for low, a, high in zip(sweep["low"], sweep["accuracy"], sweep["high"], strict=True))
 
 
+def test_a_cell_of_another_budget_does_not_make_the_worst_case_smaller(data: EvaluationSet, tmp_path: Path) -> None:
+    suites = {
+        **SUITES,
+        "beyond": {"images": 20, "attacks": {"far": {"attack": "fgsm", "threat": {"norm": "l2", "radius": 1.0}}}},
+    }
+    system = evaluate(tmp_path, data, [Candidate(plain())], params(suites=suites)).report["systems"][0]
+    everything = system["worst"]["all"]["adaptive"]
+    assert everything["n"] == 60 and "beyond/far" not in everything["attacks"]
+    assert "extended/l2" in everything["attacks"]  # as many images as the others: its rows inside the ball count
+    assert system["worst"]["beyond"]["adaptive"]["n"] == 20
+
+
 def test_a_worst_case_leaves_out_images_beyond_the_threat_model(row: RowEvaluation) -> None:
     """An l2 ball of radius 1 reaches far outside linf 0.1: alone, it fells images that the worst case keeps."""
     second = row.report["systems"][1]
