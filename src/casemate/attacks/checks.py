@@ -44,8 +44,6 @@ def check_goal(goal: Goal, n: int, classes: int) -> None:
         outside = (values < 0) | (values >= classes)
         if bool(outside.any()):
             raise UserError(f"{name} must lie in 0 to {classes - 1}: found {int(values[outside][0])}")
-    if goal.targets is not None and bool((goal.targets == goal.labels).any()):
-        raise UserError("a target is the image's own label: choose another class for each image")
 
 
 def check_threat(name: str, norms: frozenset[str], threat: ThreatModel) -> None:
@@ -76,7 +74,8 @@ def _check_logits(out: Tensor, n: int, system: System) -> None:
         raise UserError(f"{system.name} must answer with logits {(n, system.num_classes)}, not {tuple(out.shape)}")
     if not bool(out.isfinite().all()):
         raise UserError(f"{system.name} answers with infinite or undefined logits: no attack can climb them")
-    if bool(((out >= 0) & (out <= 1)).all()) and bool(((out.sum(1) - 1).abs() < SUM_TOLERANCE).all()):
+    shares = bool(((out >= 0) & (out <= 1)).all()) and bool(((out > 0) & (out < 1)).any())
+    if shares and bool(((out.sum(1) - 1).abs() < SUM_TOLERANCE).all()):
         raise UserError(
             f"{system.name} answers with probabilities, whose gradients vanish where it is sure: leave out its "
             "softmax, or take the logarithm"
