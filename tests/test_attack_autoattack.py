@@ -53,13 +53,13 @@ def test_each_attack_only_meets_what_still_stands() -> None:
     counter = Counter(trained_network())
     victim, goal = system(counter, (1, 8, 8), 10), untargeted(y[:80])
     result = AutoAttack(**SMALL)(victim, x[:80], goal, LINF)
-    sizes = counter.forwards
-    assert sizes[0] == sizes[-1] == 80 and sizes[1] == int((victim.decide(x[:80]) == y[:80]).sum()) < 80
+    sizes = list(counter.forwards)
+    wrong = victim.decide(x[:80]) != y[:80]
+    assert sizes[0] == sizes[-1] == 80 and sizes[1] == int((~wrong).sum()) < 80
     assert sizes[1:-1] == sorted(sizes[1:-1], reverse=True) and 0 < sizes[-2] < sizes[1]
     assert sizes[-2] >= int((~result.success).sum())
     assert sum(sizes[:-1]) == int((result.cost.forwards - 1 + result.cost.queries).sum())
     assert sum(counter.gradients) == int(result.cost.backwards.sum())
-    wrong = victim.decide(x[:80]) != y[:80]
     assert torch.equal(result.x_adv[wrong], x[:80][wrong]) and result.success[wrong].all()
 
 
@@ -77,13 +77,13 @@ def test_on_linear_classes_what_stands_is_what_is_out_of_reach(norm: Any) -> Non
 
 def test_it_is_at_least_as_strong_as_its_parts_and_pgd() -> None:
     x, y = digits()
-    victim, goal = system(trained_network(), (1, 8, 8), 10), untargeted(y[1500:])
+    victim, goal = system(trained_network(), (1, 8, 8), 10), untargeted(y[1500:1600])
     threat = ThreatModel("linf", 0.08)
     fallen = [
-        int(attack(victim, x[1500:], goal, threat).success.sum())
-        for attack in (PGD(steps=20), APGD(steps=20), APGDT(steps=20), AutoAttack(steps=20, queries=100))
+        int(attack(victim, x[1500:1600], goal, threat).success.sum())
+        for attack in (PGD(steps=20), APGD(steps=20), APGDT(steps=20), AutoAttack(steps=20, queries=50))
     ]
-    assert fallen[0] <= fallen[1] + 1 and max(fallen) == fallen[3] and 100 < fallen[3] < 297
+    assert fallen[0] <= fallen[1] + 1 and max(fallen) == fallen[3] and 20 < fallen[3] < 100
 
 
 def test_the_screen_is_the_first_two_attacks_and_an_upper_bound() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attack_toys import Counter, digits, linear_system, system, trained_network
 from scipy.optimize import linprog
-from test_attack_apgd import double_network
+from test_attack_apgd import smooth_network
 from test_attack_engine import Inexact, standing
 from test_attack_gradient import away_from, linear_problem
 from torch import Tensor
@@ -131,11 +131,11 @@ def test_towards_a_target_only_that_class_counts() -> None:
 
 def test_restarts_from_random_points_never_leave_it_farther_away() -> None:
     x, y = digits()
-    victim, goal, threat = system(double_network(), (1, 8, 8), 10), untargeted(y[:30]), ThreatModel("l2", 1.0)
-    one, two = (FABNorm(steps=12, targets=2, restarts=r)(victim, x[:30].double(), goal, threat) for r in (1, 2))
-    reach = [threat.distance(r.x_adv, x[:30].double()) for r in (one, two)]
+    victim, goal, threat = system(trained_network(), (1, 8, 8), 10), untargeted(y[:30]), ThreatModel("l2", 1.0)
+    one, two = (FABNorm(steps=12, targets=2, restarts=r)(victim, x[:30], goal, threat) for r in (1, 2))
+    reach = [threat.distance(r.x_adv, x[:30]) for r in (one, two)]
     assert (one.prediction != y[:30]).all()
-    assert (reach[1] <= reach[0] + 1e-9).all() and (reach[1] < reach[0] - 1e-4).any()
+    assert (reach[1] <= reach[0]).all() and (reach[1] < reach[0] - 1e-4).any()
 
 
 # --- passes -------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_nine_targets_cost_900_gradients_and_900_checks_and_one_clean_query() ->
 def test_an_image_pays_until_a_success_lies_inside_the_ball(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = digits()
     x, y, threat = x[:60].double(), y[:60], ThreatModel("linf", 0.1)
-    counter = Counter(double_network())
+    counter = Counter(smooth_network())
     victim, results = system(counter, (1, 8, 8), 10), []
     for share in (0.0, 0.1, 1.0):
         monkeypatch.setattr(engine, "COMPACT_ABOVE", share)

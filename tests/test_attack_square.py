@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from attack_toys import Counter, digits, linear_system, system, trained_network
-from test_attack_apgd import Recorder, double_network
+from test_attack_apgd import Recorder, smooth_network
 from test_attack_engine import Inexact, standing
 from test_attack_gradient import linear_problem
 from torch import Tensor
@@ -40,7 +40,7 @@ def test_squares_reach_every_place_alike_and_no_image_has_anothers() -> None:
     corners = torch.stack([index[2][:, 0, 0, 0], index[3][:, 0, 0, 0]], 1)
     places, counts = corners.unique(dim=0, return_counts=True)
     assert len(places) == 4 * 3 and counts.min() > 4000 / 12 * 0.8
-    last = window(torch.full((1, 2), 1 - 2**-24), 3, shape)
+    last = window(torch.full((1, 2), 1 - 2**-24), 3, torch.Size((1, 2, 6, 5)))
     assert int(last[2].max()) == 5 and int(last[3].max()) == 4
 
 
@@ -180,7 +180,7 @@ def test_an_image_that_stands_costs_one_query_more_than_asked_and_others_leave_a
 def test_an_image_does_not_feel_what_becomes_of_the_others(norm: Any) -> None:
     x, y = digits()
     x, y = x[:40].double(), y[:40]
-    victim, threat = system(double_network(), (1, 8, 8), 10), ThreatModel(norm, 0.12 if norm == "linf" else 0.8)
+    victim, threat = system(smooth_network(), (1, 8, 8), 10), ThreatModel(norm, 0.12 if norm == "linf" else 0.8)
     alone = Square(queries=80)(victim, x, untargeted(y), threat)
     labels = y.clone()
     labels[::2] = (labels[::2] + 1) % 10

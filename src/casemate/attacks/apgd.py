@@ -134,7 +134,8 @@ class Climb:
             better = live.judge(logits.detach(), values.detach(), self.chunk)
             down = int(live.fallen.sum()) if view.exact and t % self.check_every == 0 else 0
             if down == len(live):
-                self._settle(live, unpaid + 1, unpaid)
+                self.chunk.pay(live.rows, unpaid + 1, unpaid)
+                self._offer(live)
                 return silent
             (live.slope,) = torch.autograd.grad(values.sum(), leaf)
             live.best_slope = torch.where(_wide(better), live.slope, live.best_slope)
@@ -144,13 +145,15 @@ class Climb:
             if t in marks:
                 live.checkpoint(marks[t])
             if down > engine.COMPACT_ABOVE * len(live):
-                self._settle(live, unpaid, unpaid)
+                self.chunk.pay(live.rows, unpaid, unpaid)
+                self._offer(live[live.fallen])
                 live, unpaid = live[~live.fallen], 0
                 project = projector(live.x, self.chunk.threat)
             self._step(live, project, first=t == 0)
         logits = self.chunk.query(live.at)
         live.judge(logits, self.objective(logits, live.aim), self.chunk)
-        self._settle(live, unpaid, unpaid, queries=1)
+        self.chunk.pay(live.rows, unpaid, unpaid, queries=1)
+        self._offer(live)
         return silent
 
     def _start(self, rows: Tensor) -> _Live:
@@ -170,15 +173,14 @@ class Climb:
     def _step(self, live: _Live, project: Callable[[Tensor], Tensor], first: bool) -> None:
         """z = project(x + size * direction); x <- project(x + a (z - x) + (1 - a)(x - before)), a = 1 at first."""
         linf = self.chunk.threat.norm == "linf"
-        direction = live.slope.sign_() if linf else l2_step(live.slope)
+        direction = live.slope.sign() if linf else l2_step(live.slope)
         ahead = project(direction.mul_(_wide(live.size)).add_(live.at))
         if not first:  # the storage of the iterate before last is free
             back = live.before.mul_(PULL - 1).add_(live.at, alpha=2 * (1 - PULL))
             ahead = project(back.add_(ahead, alpha=PULL))
         live.before, live.at = live.at, ahead
 
-    def _settle(self, live: _Live, forwards: int, backwards: int, queries: int = 0) -> None:
-        self.chunk.pay(live.rows, forwards, backwards, queries)
+    def _offer(self, live: _Live) -> None:
         self.chunk.offer(live.rows, live.best, live.best_logits, live.fallen)
 
 

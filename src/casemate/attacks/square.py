@@ -181,7 +181,8 @@ class Search:
                 return
             self._query(live, side(number, self.share, height, width, self.rescaled), draw[live.rows])
             unpaid += 1
-        self._settle(live, unpaid)
+        chunk.pay(live.rows, queries=unpaid)
+        self._offer(live)
 
     def _start(self, rng: torch.Generator) -> _Live:
         chunk, rows = self.chunk, self.chunk.rows()
@@ -222,11 +223,11 @@ class Search:
     def _drop(self, live: _Live, unpaid: int) -> tuple[_Live, int]:
         if not self.chunk.view.exact or not bool(live.fallen.any()):
             return live, unpaid
-        self._settle(live, unpaid)
+        self.chunk.pay(live.rows, queries=unpaid)
+        self._offer(live[live.fallen])
         return live[~live.fallen], 0
 
-    def _settle(self, live: _Live, queries: int) -> None:
-        self.chunk.pay(live.rows, queries=queries)
+    def _offer(self, live: _Live) -> None:
         self.chunk.offer(live.rows, live.best, live.logits, live.fallen)
 
 
