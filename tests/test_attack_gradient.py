@@ -13,6 +13,7 @@ from casemate.attacks.base import Attack
 from casemate.attacks.gradient import FGSM, MIM, PGD, CWMargin
 from casemate.errors import UserError
 from casemate.registry import names, resolve
+from casemate.seeding import generator
 from casemate.threat import ThreatModel, targeted, untargeted
 
 ITERATIVE: list[Attack] = [
@@ -104,6 +105,22 @@ def test_fgsm_with_a_random_start_is_another_attack() -> None:
     plain, noisy = (FGSM(random_start=r)(victim, x, untargeted(y), threat).x_adv for r in (False, True))
     assert not torch.allclose(plain, noisy)
     assert threat.contains(noisy, x).all()
+
+
+def test_fgsm_with_a_random_start_steps_from_there_and_is_projected_back() -> None:
+    """R-FGSM of ATLD and Feature-Scattering: clip(project(x0 + radius * sign(g(x0)))), x0 uniform in the ball."""
+    victim, x, y, _, _ = linear_problem(4)
+    weight, threat = victim.classifier[1].weight.detach(), ThreatModel("linf", 0.05)
+    start = threat.random_start(x, generator(11, "restart", 0))
+    assert float((start - x).abs().max()) > 0.049 and abs(float((start - x).mean())) < 0.005
+    slope = victim.logits(start).detach().softmax(1) @ weight - weight[y]
+    expected = (start.flatten(1) + 0.05 * slope.sign() - x.flatten(1)).clamp(-0.05, 0.05)
+    result = FGSM(random_start=True)(victim, x, untargeted(y), threat, seed=11)
+    stood = victim.decide(start) == y  # what the noise alone has put wrong is kept as it is
+    assert 30 < int(stood.sum()) < len(x)
+    assert torch.allclose((result.x_adv - x).flatten(1)[stood], expected[stood], atol=1e-6)
+    assert torch.equal(result.x_adv[~stood], start[~stood])
+    assert result.cost.forwards.tolist() == [2] * len(x) and result.cost.backwards.tolist() == [1] * len(x)
 
 
 class Valley(nn.Module):

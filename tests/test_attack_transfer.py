@@ -6,7 +6,7 @@ from attack_toys import Counter, digits, fresh_network, linear_system, system, t
 from torch import Tensor
 
 from casemate.attacks.gradient import MIM, PGD
-from casemate.attacks.transfer import Transfer
+from casemate.attacks.transfer import SourcedTransfer, Transfer
 from casemate.errors import UserError
 from casemate.system import Offer, System, View
 from casemate.threat import ThreatModel, untargeted
@@ -75,6 +75,75 @@ def test_what_it_crafts_is_strong_on_its_own_source() -> None:
     assert int(sent.success.sum()) >= 0.95 * int(own.success.sum())
     far = Transfer().with_source(system(fresh_network(7), (1, 8, 8), 10))
     assert far(source, x[1500:], untargeted(y[1500:]), LINF).success.sum() < own.success.sum() / 2
+
+
+class Window(Endpoint):
+    """Class 1 between 0.605 and 0.645 only: an iterate passes through where the last one no longer is."""
+
+    def decide(self, x: Tensor) -> Tensor:
+        return ((x - 0.625).abs().flatten(1)[:, 0] < 0.02).long()
+
+
+def test_of_all_iterates_one_may_fool_the_victim_where_the_last_does_not() -> None:
+    """Steps of 0.025 from 0.55, 0.45 and 0.61: the third step of the first is in the window's middle."""
+    source = linear_system(torch.tensor([[0.0], [1.0]]), torch.tensor([0.4, 0.0]))
+    x = torch.tensor([0.55, 0.45, 0.61]).view(3, 1, 1, 1)
+    goal = untargeted(torch.zeros(3, dtype=torch.long))
+    options = {"steps": 4, "random_start": False}
+    last = Transfer(**options).with_source(source)(Window(), x, goal, LINF)
+    every = Transfer(keep="all", **options).with_source(source)(Window(), x, goal, LINF)
+    assert last.success.tolist() == [False, False, False]
+    assert every.success.tolist() == [True, False, True]
+    assert torch.allclose(every.x_adv.flatten(), torch.tensor([0.625, 0.55, 0.61]), atol=1e-6)
+    looks = every.cost.queries.tolist()  # the last iterate of the one that stands is only verified
+    assert looks[1] == 4 and looks[0] >= 4 and looks[2] >= 1
+
+
+def test_judging_all_iterates_costs_a_query_of_the_victim_for_each() -> None:
+    x, y = digits()
+    source, victim = Counter(fresh_network(3)), Counter(trained_network())
+    attack = Transfer(steps=5, restarts=2, keep="all").with_source(system(source, (1, 8, 8), 10))
+    deployed = system(victim, (1, 8, 8), 10)
+    result = attack(deployed, x[1500:1530], untargeted(y[1500:1530]), LINF)
+    asked = sum(source.forwards) - int(result.cost.forwards.sum() - 30)  # of the source, without a gradient
+    assert sum(victim.forwards) - 30 + asked == int(result.cost.queries.sum())
+    assert sum(victim.forwards) - 30 == sum(source.forwards)  # it looks at whatever the source has looked at
+    assert sum(source.gradients) == int(result.cost.backwards.sum())
+    standing = ~result.success
+    assert bool(standing.any()) and result.cost.queries[standing].tolist() == [12] * int(standing.sum())
+    assert attack.passes(deployed.views()["adaptive"], 30) == (300, 300, 360)
+
+
+def test_all_iterates_fell_at_least_what_the_best_one_does() -> None:
+    x, y = digits()
+    x, goal = x[1500:1600], untargeted(y[1500:1600])
+    source, victim = system(fresh_network(7), (1, 8, 8), 10), system(trained_network(), (1, 8, 8), 10)
+    best, last, every = (
+        Transfer(steps=10, keep=k).with_source(source)(victim, x, goal, ThreatModel("linf", 0.2), 1).success
+        for k in ("best", "last", "all")
+    )
+    assert bool((every | ~best).all()) and bool((every | ~last).all()) and int(every.sum()) > int(best.sum())
+
+
+def test_one_that_remembers_crafts_once_for_all_victims() -> None:
+    x, y = digits()
+    counter = Counter(trained_network())
+    attack = Transfer(steps=4).with_source(system(counter, (1, 8, 8), 10))
+    assert isinstance(attack, SourcedTransfer)
+    kept = attack.remembering()
+    assert kept.parameters() == attack.parameters()
+    goal, victims = untargeted(y[:20]), [system(fresh_network(seed), (1, 8, 8), 10) for seed in (1, 2)]
+    results = [kept(victim, x[:20], goal, LINF, 9) for victim in victims]
+    assert len(counter.forwards) == 5
+    for victim, result in zip(victims, results, strict=True):
+        plain = attack(victim, x[:20], goal, LINF, 9)
+        assert torch.equal(plain.x_adv, result.x_adv) and torch.equal(plain.success, result.success)
+        assert torch.equal(plain.cost.forwards, result.cost.forwards)
+        assert torch.equal(plain.cost.queries, result.cost.queries)
+    before = len(counter.forwards)
+    for again in ((x[:20], LINF, 8), (x[:20], ThreatModel("linf", 0.2), 9), (x[1:21], LINF, 9)):
+        kept(victims[0], again[0], goal, again[1], again[2])
+    assert len(counter.forwards) == before + 15
 
 
 def test_the_source_takes_part_in_what_identifies_the_attack() -> None:

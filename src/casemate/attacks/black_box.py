@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
@@ -69,7 +69,7 @@ class SPSA(Attack):
 
         def estimate(live: Live, step: int) -> Tensor:
             slopes = []
-            for part in torch.arange(len(live), device=live.x.device).split(together):
+            for part in torch.split(torch.arange(len(live), device=live.x.device), together):
                 rows = live.rows[part].tolist()
                 signs = torch.stack([_signs(pairs, live.x, seed, row, step) for row in rows])
 
@@ -92,7 +92,7 @@ def spsa_gradient(value: Callable[[Tensor], Tensor], x: Tensor, signs: Tensor, s
     """
     total = torch.zeros_like(x)
     per_call = max(1, BATCH // (2 * len(x)))
-    for some in signs.split(per_call, dim=1):
+    for some in torch.split(signs, per_call, dim=1):
         step = sigma * some.to(x)
         points = torch.stack([x[:, None] + step, x[:, None] - step]).clamp_(0, 1)
         higher, lower = value(points.flatten(0, 2)).view(2, *some.shape[:2])
@@ -196,8 +196,7 @@ class Rays:
         return len(self.rows)
 
     def __getitem__(self, index: Tensor) -> Rays:
-        kept = (getattr(self, f.name) for f in fields(self) if f.name != "tolerance")
-        return Rays(*(value[index] for value in kept), tolerance=self.tolerance)
+        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "tolerance"})
 
     def points(self) -> Tensor:
         """The image to ask about next: half way between the bounds, or the attempt at the best radius (at 1, where

@@ -228,16 +228,16 @@ class _Run:
         """All steps; returns the images that are still in the batch, not written yet."""
         state, down = self.task.optimizer.begin(live.variables), 0
         for step in range(self.task.steps):
-            values, graph = self._evaluate(live, step, slope=self.task.estimate is None)
+            values, total = self._evaluate(live, step, slope=self.task.estimate is None)
             finished = self.task.finished(live, values, step)
             if finished is not None:
                 live.done = live.done | finished
                 down = int(live.done.sum())
             if down == len(live):
                 break
-            gradient = None if graph is None else self._gradient(graph, live.variables)
+            gradient = None if total is None else self._gradient(total, live.variables)
             live.variables = live.variables.detach()
-            if down > (COMPACT_ABOVE * len(live) if graph is not None else 0):  # an estimate is dear
+            if down > (COMPACT_ABOVE * len(live) if total is not None else 0):  # an estimate is dear
                 left = ~live.done
                 self._write(live)
                 live, state, values, down = live[left], state[left], values[left], 0
@@ -257,7 +257,7 @@ class _Run:
             self._write(live)
 
     def _evaluate(self, live: Live, step: int, slope: bool) -> tuple[Tensor, Tensor | None]:
-        """Values (L,) of the iterate, which is judged here, and with `slope` their graph."""
+        """Values (L,) of the iterate, which is judged here, and with `slope` their sum, with its graph."""
         task = self.task
         with torch.set_grad_enabled(slope):
             if slope:
@@ -265,14 +265,15 @@ class _Run:
             x_adv = task.parametrisation.image(live.variables, live, step)
             logits = self.view.logits(x_adv)
             graph = task.objective(logits, x_adv, live)
+            total = graph.sum()
         self.unpaid[0] += task.parametrisation.draws
         values, x_adv = graph.detach(), x_adv.detach()
         with torch.no_grad():
             live.judge(task.judge(logits.detach(), x_adv, values, live), x_adv)
-        return values, graph if slope else None
+        return values, total if slope else None
 
-    def _gradient(self, graph: Tensor, leaf: Tensor) -> Tensor:
-        (gradient,) = torch.autograd.grad(graph.sum(), leaf)
+    def _gradient(self, total: Tensor, leaf: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(total, leaf)
         self.unpaid[1] += self.task.parametrisation.draws
         return gradient
 
