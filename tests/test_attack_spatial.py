@@ -20,7 +20,7 @@ from casemate.system import TorchSystem, View
 from casemate.threat import Goal, ThreatModel, targeted, untargeted
 
 LINF = ThreatModel("linf", 0.1)
-QUICK: dict[str, Any] = {"steps": 60, "rate": 0.03}
+QUICK: dict[str, Any] = {"steps": 60, "rate": 0.03, "restarts": 1}
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -228,7 +228,7 @@ def test_with_a_longest_way_an_attack_succeeds_exactly_where_the_shift_fits(opti
 def test_stadv_does_not_rest_where_the_score_is_just_crossed() -> None:
     made, _, x, goal, _ = ramps()
     view = made.views()["adaptive"]
-    result = StAdv(tau=0.0, kappa=0.5, steps=100, rate=0.02, keep="smoothest", start=0.0)(made, x, goal, LINF)
+    result = StAdv(tau=0.0, kappa=0.5, steps=100, rate=0.02, keep="smoothest")(made, x, goal, LINF)
     assert result.success.all()
     first = StAdv(tau=0.0, kappa=0.5, steps=100, rate=0.02, keep="first")(made, x, goal, LINF)
     assert (margin(view.logits(first.x_adv), goal) < 0.2).all()  # one step beyond, and stopped
@@ -298,7 +298,7 @@ def test_targets_are_reached(attack: Attack) -> None:
 # --- passes, and what a result depends on -------------------------------------------------------------------------
 
 STILL = {"max_displacement": 1e-5}
-ATTACKS: list[Attack] = [StAdv(**QUICK), StAdv(optimizer="lbfgs", steps=30, start=0.1), ADef(steps=8, candidates=3)]
+ATTACKS: list[Attack] = [StAdv(**QUICK), StAdv(optimizer="lbfgs", steps=15), ADef(steps=8, candidates=3)]
 NAMES = ["adam", "lbfgs", "adef"]
 
 
@@ -306,12 +306,26 @@ NAMES = ["adam", "lbfgs", "adef"]
 def test_stadv_costs_a_forward_and_a_gradient_per_step(optimizer: Any) -> None:
     x, y = right_digits(8)
     counter = Counter(trained_network())
-    attack = StAdv(optimizer=optimizer, steps=7, **STILL)
+    attack = StAdv(optimizer=optimizer, steps=7, restarts=1, **STILL)
     result = attack(system(counter, (1, 8, 8), 10), x, untargeted(y), LINF)
     assert not result.success.any()
     assert counter.forwards == [8] * 8 and counter.gradients == [8] * 7
     assert result.cost.forwards.tolist() == [8] * 8 and result.cost.backwards.tolist() == [7] * 8
     assert attack.passes(victim().views()["adaptive"], 8) == (56, 56, 0)
+
+
+def test_restarts_are_made_on_survivors_from_another_flow() -> None:
+    x, y = right_digits(40)
+    counter = Counter(trained_network())
+    options: dict[str, Any] = {"steps": 10, "rate": 0.01, "tau": 0.1}
+    once = StAdv(restarts=1, **options)(victim(), x, untargeted(y), LINF)
+    twice = StAdv(restarts=2, **options)(system(counter, (1, 8, 8), 10), x, untargeted(y), LINF)
+    survivors = int((~once.success).sum())
+    assert 0 < survivors < 40 and counter.forwards == [40] * 10 + [survivors] * 10 + [40]
+    assert torch.equal(twice.x_adv[once.success], once.x_adv[once.success])
+    assert int(twice.success.sum()) > int(once.success.sum())
+    assert twice.cost.forwards.tolist() == [11 if fell else 21 for fell in once.success]
+    assert StAdv(restarts=2, **options).passes(victim().views()["adaptive"], 40) == (800, 800, 0)
 
 
 def test_adef_costs_a_gradient_per_candidate() -> None:
@@ -338,7 +352,6 @@ def test_fallen_images_leave_adef() -> None:
 @pytest.mark.parametrize("attack", ATTACKS, ids=NAMES)
 def test_an_image_that_is_wrong_at_once_stays_as_it_is(attack: Attack) -> None:
     x, y = right_digits(10)
-    attack = replace(attack, start=0.0) if isinstance(attack, StAdv) else attack  # type: ignore[assignment]
     goal = untargeted(torch.where(torch.arange(10) < 4, (y + 1) % 10, y))
     result = attack(victim(), x, goal, LINF)
     assert torch.equal(result.x_adv[:4], x[:4]) and result.success[:4].all()
@@ -358,8 +371,8 @@ def test_an_image_does_not_feel_what_becomes_of_the_others(attack: Attack) -> No
 @pytest.mark.parametrize("attack", ATTACKS, ids=NAMES)
 def test_one_image_alone_fares_as_in_a_batch(attack: Attack) -> None:
     x, y = right_digits(6)
-    if isinstance(attack, StAdv):  # rounding grows with every step, and the start is drawn for the whole batch
-        attack = replace(attack, start=0.0, steps=15)
+    if isinstance(attack, StAdv):  # rounding grows with every step, and a start is drawn for the whole batch
+        attack = replace(attack, restarts=1, steps=15)
     batch = attack(victim(), x, untargeted(y), LINF)
     for i in (0, 5):
         alone = attack(victim(), x[i : i + 1], untargeted(y[i : i + 1]), LINF)
@@ -405,7 +418,7 @@ def test_on_a_view_that_is_not_exact_the_highest_margin_is_kept(attack: Attack) 
 def test_seeds_decide_where_a_flow_starts_and_the_global_one_is_left_alone() -> None:
     x, y = right_digits(6)
     state = torch.get_rng_state()
-    attack = StAdv(steps=5, start=0.5)
+    attack = StAdv(steps=5, restarts=2, kappa=9.0)
     one, again, other = (attack(victim(), x, untargeted(y), LINF, s).x_adv for s in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert torch.equal(torch.get_rng_state(), state)

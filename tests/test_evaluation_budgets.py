@@ -126,3 +126,11 @@ def test_the_page_names_the_budget_beside_the_attack(row: RowEvaluation, tmp_pat
     page = write_report(ReportInputs("smoke", (Row(read),)), tmp_path).read_text()
     assert "rotation 30 deg, shift 1 px" in page and "flow tau 0.05, at most 1.5 px" in page
     assert "flow radius" not in page and "rotation radius" not in page
+
+
+def test_the_command_line_names_it_too(row: RowEvaluation, capsys: pytest.CaptureFixture[str]) -> None:
+    from casemate.cli import _show
+
+    _show({**row.report, "cautions": []})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "adef, deformation" in shown and "pgd, linf" not in shown

@@ -79,15 +79,39 @@ class StAdv(Attack):
     """Longest way of a pixel, in pixels. None leaves it to `tau`."""
     neighbours: Literal["axis", "diagonal"] = "axis"
     """Whose flows are compared: the four beside a pixel, or the four diagonal ones of the reference code."""
-    start: NonNegative = 0.0
-    """The first flow is uniform in [0, start) pixels."""
+    restarts: Count = 2
+    """Runs on the images that still stand; 1 in the paper."""
+    start: Positive = 1.0
+    """The first run starts from no flow, where the roughness has a kink that a small slope cannot leave; any other
+    from one that is uniform in -start to start pixels."""
     keep: Literal["smoothest", "first"] = "smoothest"
     """`first` stops an image at its first success, which costs less and moves more."""
 
     def run(self, view: View, x: Tensor, goal: Goal, threat: ThreatModel, seed: int, cost: Cost) -> Shown:
         n, _, height, width = x.shape
-        draw = torch.rand(n, 2, height, width, generator=generator(seed, "flow")).to(x) * self.start
-        smooth = roughness(torch.zeros_like(draw[:1]), self.neighbours)
+        out, flow = x.clone(), x.new_zeros(n, 2, height, width)
+        best, rows = x.new_full((n,), torch.inf), torch.arange(n, device=x.device)
+        for restart in range(self.restarts):
+            first = torch.rand(flow.shape, generator=generator(seed, "flow", restart)).to(x) * 2 - 1
+            task = self._task(view, first[rows] * (self.start if restart else 0))
+            spent = Cost.zero(len(rows))
+            found = minimise(task, view, x[rows], goal[rows], spent, own={"rough": x.new_zeros(len(rows))})
+            _add(cost, spent, rows.cpu())
+            known = found.score.isfinite()
+            moved = found.variables.where(_over(known), found.last)
+            x_adv = torch.where(_over(known), found.x_adv, warp(x[rows], moved))  # the last is not yet judged
+            better = found.score <= best[rows]
+            at = rows[better]
+            best[at], out[at], flow[at] = found.score[better], x_adv[better], moved[better]
+            rows = rows[~known] if view.exact else rows
+            if not len(rows):
+                break
+        return Shown(out, flow)
+
+    def _task(self, view: View, first: Tensor) -> Task:
+        """One minimisation from the flows `first`. A judge's score is the roughness of a success, or minus the
+        margin on a view that cannot tell success."""
+        smooth = roughness(torch.zeros_like(first[:1]), self.neighbours)
 
         def loss(logits: Tensor, x_adv: Tensor, live: Live) -> Tensor:
             rough = roughness(live.variables, self.neighbours)
@@ -104,13 +128,11 @@ class StAdv(Attack):
 
         finished: Finished = never if not view.exact else at_success if self.keep == "first" else smoothest
         optimizer = Adam(self.rate) if self.optimizer == "adam" else LBFGS(memory=CORRECTIONS)
-        task = Task(_Flow(draw, self.max_displacement), optimizer, loss, judge, self.steps, finished)
-        found = minimise(task, view, x, goal, cost, own={"rough": x.new_zeros(n)})
-        kept = found.score.isfinite().view(-1, 1, 1, 1)
-        return Shown(torch.where(kept, found.x_adv, warp(x, found.last)), found.variables.where(kept, found.last))
+        return Task(_Flow(first, self.max_displacement), optimizer, loss, judge, self.steps, finished)
 
     def passes(self, view: View, n: int) -> tuple[int, int, int]:
-        return n * self.steps * view.passes[0], n * self.steps * view.passes[1], 0
+        steps = n * self.steps * self.restarts
+        return steps * view.passes[0], steps * view.passes[1], 0
 
     def budget(self, threat: ThreatModel) -> FlowBudget:
         return FlowBudget(f"flow tau {self.tau:g}", self.max_displacement)
@@ -213,10 +235,10 @@ class _Deformation:
             blurred = blur(alpha, self.attack.sigma)
             length = blurred.square().flatten(1).sum(1)
             share = -scores[:, k].detach() / length.clamp_min(FLAT)
-            flow = before + self.attack.overshoot * share.view(-1, 1, 1, 1) * blur(blurred, self.attack.sigma)
+            flow = before + self.attack.overshoot * _over(share) * blur(blurred, self.attack.sigma)
             size = displacement(flow) if self.attack.smallest == "max" else flow.flatten(1).norm(dim=1)
             better = (length > FLAT) & (size < least)
-            least, chosen = torch.where(better, size, least), flow.where(better.view(-1, 1, 1, 1), chosen)
+            least, chosen = torch.where(better, size, least), flow.where(_over(better), chosen)
         self._pay(rows, backwards=scores.shape[1])
         return limited(chosen, self.limit), least.isfinite()
 
@@ -224,8 +246,7 @@ class _Deformation:
         value = margin(logits, self.goal[rows])
         better = value > self.best[rows]
         self.best[rows] = torch.where(better, value, self.best[rows])
-        over = better.view(-1, 1, 1, 1)
-        self.best_flow[rows] = self.flow[rows].where(over, self.best_flow[rows])
+        self.best_flow[rows] = self.flow[rows].where(_over(better), self.best_flow[rows])
 
     def _shown(self) -> Shown:
         """On an exact view where each image ended, else where its margin was the highest."""
@@ -235,6 +256,18 @@ class _Deformation:
     def _pay(self, rows: Tensor, forwards: int = 0, backwards: int = 0) -> None:
         self.cost.forwards[rows.cpu()] += forwards * self.view.passes[0]
         self.cost.backwards[rows.cpu()] += backwards * self.view.passes[1]
+
+
+def _add(cost: Cost, spent: Cost, rows: Tensor) -> None:
+    """Charge what a run on some images has spent."""
+    cost.forwards[rows] += spent.forwards
+    cost.backwards[rows] += spent.backwards
+    cost.queries[rows] += spent.queries
+
+
+def _over(values: Tensor) -> Tensor:
+    """(L,) shaped to broadcast over images and flows."""
+    return values.view(-1, 1, 1, 1)
 
 
 def _scores(logits: Tensor, goal: Goal, classes: Tensor) -> Tensor:
