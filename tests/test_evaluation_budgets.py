@@ -128,9 +128,12 @@ def test_the_page_names_the_budget_beside_the_attack(row: RowEvaluation, tmp_pat
     assert "flow radius" not in page and "rotation radius" not in page
 
 
-def test_the_command_line_names_it_too(row: RowEvaluation, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_names_it_too(
+    row: RowEvaluation, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from casemate.cli import _show
 
+    monkeypatch.setenv("COLUMNS", "200")
     _show({**row.report, "cautions": []})
     shown = " ".join(capsys.readouterr().out.split())
     assert "adef, deformation" in shown and "pgd, linf" not in shown

@@ -52,10 +52,10 @@ class AutoAttack(Attack):
         clean = chunk.look_at_clean()
         self._warn(self._before(chunk, clean))
         Climb(chunk, cross_entropy, self.steps, ("apgd",), check_every=self.check_every).run()
-        silent = climb_targets(
+        silent = climb_targets(  # type: ignore[no-untyped-call]
             chunk, clean, steps=self.steps, targets=self.targets, check_every=self.check_every
-        ).unique()  # fmt: skip
-        self._warn(diagnostics.silent_gradients(len(silent), len(x)))
+        )  # fmt: skip
+        self._warn(diagnostics.silent_gradients(len(set(silent.tolist())), len(x)))
         if self.version == "standard":
             fab.Search(chunk, clean, self.steps, self.check_every).run(self.targets, restarts=1)
             left = int(chunk.standing.sum())
