@@ -212,8 +212,9 @@ def targets_of(goal: Goal, clean: Tensor, most: int) -> Tensor:
 
 @spec
 class APGD(Attack):
-    """One loss, run to its end: 101 forwards and 100 input gradients for an image that stands.
+    """Auto-PGD (Croce & Hein 2020): momentum, and a step size that halves where progress stalls.
 
+    101 forwards and 100 input gradients for an image that stands.
     Towards a target the objectives are those of the target: `dlr` is then the targeted DLR. It needs 3 classes, and
     4 towards a target; `margin` is the same without its scale. What is returned is the first success, else the
     iterate of the highest objective.

@@ -52,7 +52,7 @@ class AutoAttack(Attack):
         clean = chunk.look_at_clean()
         self._warn(self._before(chunk, clean))
         Climb(chunk, cross_entropy, self.steps, ("apgd",), check_every=self.check_every).run()
-        silent = climb_targets(  # type: ignore[no-untyped-call]
+        silent = climb_targets(
             chunk, clean, steps=self.steps, targets=self.targets, check_every=self.check_every
         )  # fmt: skip
         self._warn(diagnostics.silent_gradients(len(set(silent.tolist())), len(x)))

@@ -104,7 +104,7 @@ def bump(height: int, width: int) -> Tensor:
 def pattern(size: int) -> Tensor:
     """The update of l2: two bumps of opposite sign, one above the other, of length 1."""
     both = torch.cat([bump(size // 2, size), -bump(size - size // 2, size)])
-    one: Tensor = both / both.norm()  # type: ignore[no-any-return]
+    one: Tensor = both / both.norm()
     return one
 
 
