@@ -15,7 +15,7 @@ from casemate.attacks.advgan import AdvGAN, AdvGANTrainer, Critic, Generator
 from casemate.errors import UserError
 from casemate.threat import ThreatModel, untargeted
 
-SPEC = AdvGANTrainer(width=8, blocks=1, kappa=5.0)
+SPEC = AdvGANTrainer(blocks=1)
 
 
 @functools.cache
@@ -63,13 +63,15 @@ def test_the_critic_learns_first_and_each_loss_moves_its_own_player() -> None:
     assert all(p.grad is None for p in trained_network().parameters())
 
 
-def losses(**changes: Any) -> float:
+def losses(wrong: int = 0, **changes: Any) -> float:
+    """The generator's first loss, on labels moved by `wrong`."""
     spec = AdvGANTrainer(**({"width": 4, "blocks": 1} | changes))
     ctx = context(spec)
     with torch.no_grad():
         for p in ctx.modules["generator"].parameters():
             p.mul_(20)  # far from silent
-    _critic, generator = spec.step(ctx, *(part[:16] for part in digits()))
+    x, y = (part[:16] for part in digits())
+    _critic, generator = spec.step(ctx, x, (y + wrong) % 10)
     return float(generator.loss().detach())
 
 
@@ -82,7 +84,8 @@ def test_the_generators_loss_is_the_weighted_sum_of_three() -> None:
     margin = losses(gan=0.0, distance=0.0, adversarial=1.0)
     assert losses(adversarial=2.0, distance=3.0) == pytest.approx(hidden + 3 * far + 2 * margin, rel=1e-4)
     assert losses(gan=0.0, distance=0.0, adversarial=1.0, scores="softmax") <= 1
-    assert losses(gan=0.0, distance=0.0, adversarial=1.0, kappa=5.0) <= margin
+    cut = [losses(1, gan=0.0, distance=0.0, adversarial=1.0, kappa=kappa) for kappa in (0.0, 2.0, 1e3)]
+    assert abs(cut[0]) < 0.5 and -2 <= cut[1] < cut[0] and cut[2] < cut[1]  # wrong labels are past their border
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 12, 20)])

@@ -121,7 +121,7 @@ def test_two_steps_of_l2l_are_the_clipped_sum_of_two_calls() -> None:
 # --- the switches ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", ["channel", "image", "none"])
+@pytest.mark.parametrize("norm", ["rms", "channel", "image", "none"])
 def test_gradients_are_normalised_as_asked_and_nothing_stays_nothing(norm: Any) -> None:
     torch.manual_seed(0)
     gradient = torch.cat([torch.randn(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), 1e-35 * torch.randn(1, 3, 4, 4)])
@@ -130,6 +130,8 @@ def test_gradients_are_normalised_as_asked_and_nothing_stays_nothing(norm: Any) 
     assert seen.isfinite().all() and not seen[1].any()
     if norm == "none":
         assert torch.equal(seen, gradient * 0.01)
+    elif norm == "rms":
+        assert seen.flatten(1).square().mean(1).sqrt().tolist() == pytest.approx([1, 0, 1], abs=1e-5)
     elif norm == "image":
         assert seen.flatten(1).norm(dim=1).tolist() == pytest.approx([1, 0, 1], abs=1e-5)
     else:

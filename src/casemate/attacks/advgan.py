@@ -112,8 +112,9 @@ class AdvGANTrainer(LearnedAttack):
     """The hinge of the paper; the code has none."""
     scores: Literal["logits", "softmax"] = "logits"
     """What the C&W loss is of; the code's is of probabilities, whose slope vanishes where the victim is sure."""
-    kappa: NonNegative = 0.0
-    """Margin at which the C&W loss stops paying."""
+    kappa: NonNegative = 5.0
+    """Margin at which the C&W loss stops paying; 0 in the authors' code, which leaves images just across the border
+    of the training set, and so a tenth of others that stand."""
 
     def build(self, input_shape: Shape, num_classes: int) -> dict[str, nn.Module]:
         require_divisible("AdvGAN generator", input_shape, 4)

@@ -29,6 +29,9 @@ class EXP(Attack):
 
     With `keep` "best", the first draw that succeeds is kept and ends the search. The authors' protocol is `keep`
     "last": all steps, then `draws` 1 fresh sample of the final distribution; more draws keep the worst of them.
+
+    Where a model is so sure of itself that the slope of its CE is below that of the entropy, the search follows the
+    entropy and the image stands: `objective` "margin" (or less `entropy`) is stronger there.
     """
 
     norms: ClassVar[frozenset[Norm]] = frozenset({"linf"})
@@ -41,7 +44,7 @@ class EXP(Attack):
     """Weight of the entropy."""
     entropy_over: Literal["mean", "sum"] = "mean"
     """Per pixel as in the authors' code, or of the whole image as in the paper, where this weight rules the loss."""
-    accumulate: Flag = True
+    accumulate: Flag = False
     """Steps follow the sum of all gradients so far, as in the authors' code, which never clears them."""
     objective: Literal["ce", "margin"] = "ce"
     draws: Count = 1

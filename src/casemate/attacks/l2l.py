@@ -164,8 +164,10 @@ class L2LDATrainer(Recursive):
     """The label enters every normalisation."""
     feed_delta: Flag = True
     """The generator sees the perturbation so far."""
-    gradient_norm: Literal["channel", "image", "none"] = "channel"
-    """What an input gradient is divided by: its l2 norm in each channel (code), in the image (paper), or nothing."""
+    gradient_norm: Literal["rms", "channel", "image", "none"] = "rms"
+    """What an input gradient is divided by: its root mean square in the image, its l2 norm in each channel (code) or
+    in the image (paper), or nothing. The paper's are smaller by the root of the number of pixels, and need a longer
+    fit."""
     diversity: NonNegative = 0.02
     """0.02 for MNIST, 0.5 for CIFAR-10, 0.3 for Tiny ImageNet in the paper."""
     diversity_norm: Literal["mean", "sum"] = "mean"
@@ -205,6 +207,8 @@ class L2LDATrainer(Recursive):
         unit = gradient / per_sample(gradient.flatten(1).abs().amax(1), gradient)
         flat = unit.flatten(2 if self.gradient_norm == "channel" else 1)
         norm: Tensor = flat.norm(dim=-1).clamp_min(torch.finfo(flat.dtype).tiny)
+        if self.gradient_norm == "rms":
+            norm = norm / flat.shape[-1] ** 0.5
         return unit / norm.view(*norm.shape, *[1] * (unit.dim() - norm.dim()))
 
     def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
