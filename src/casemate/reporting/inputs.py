@@ -63,10 +63,12 @@ class Worst(Rate):
 
 class Suite(Record):
     """The worst case of one suite. An adaptive attacker has the static attacks too, so `adaptive` is over both;
-    `static` is over static ones alone, and None where the system has only one face."""
+    `static` is over static ones alone, `published` over these and the attacks of the defense's own paper; both are
+    None where the system has only one face."""
 
     adaptive: Worst | None = None
     static: Worst | None = None
+    published: Worst | None = None
 
 
 class Fit(Record):
@@ -141,10 +143,10 @@ class Evaluated(Record):
     sweep: Sweep | None = None
     gate: Gate = Gate()
 
-    def worst_case(self, suite: str, view: View) -> Worst | None:
-        """The worst case of `suite` ("core", "extended" or "all") on one view, if it was evaluated."""
-        found = self.worst.get(suite, Suite())
-        return found.adaptive if view == "adaptive" else found.static
+    def worst_case(self, suite: str, face: Literal["adaptive", "static", "published"]) -> Worst | None:
+        """The worst case of `suite` ("core", "extended" or "all") as one face shows it, if it was evaluated."""
+        worst: Worst | None = getattr(self.worst.get(suite, Suite()), face)
+        return worst
 
     def label(self, cell: Cell) -> str:
         """The attack's name, told apart from its adaptive twin where the system has two faces."""
