@@ -40,6 +40,8 @@ KNOWN = 1e9
 CHECKS = 10
 """Looks at whether an image has settled, per round."""
 STILL = 0.9999
+FAREST = 7.25
+"""atanh(0.999999): steps over Adam's rate that a black pixel needs to become grey. Until then nothing has settled."""
 PATIENCE = 100
 """Steps of CWAdam before a round may end for want of progress."""
 NEARBY = 1e-5
@@ -67,7 +69,9 @@ class CWL2(Attack):
     first_weight: Positive = 0.001
     kappa: NonNegative = 0.0
     abort_early: Flag = True
-    """An image leaves a round when its objective has not fallen by 0.01 % since the last tenth of the steps."""
+    """An image leaves a round when, for two tenths of the steps in a row, its lowest objective has not come 0.01 %
+    below that of the tenth before, and black pixels have had the time to become grey. (The authors stop a round for
+    the whole batch, by the sum of its objectives, so that an image's result depends on the others.)"""
 
     def run(self, view: View, x: Tensor, goal: Goal, threat: ThreatModel, seed: int, cost: Cost) -> Tensor:
         judge = self._distance_of_successes(view)
@@ -77,7 +81,8 @@ class CWL2(Attack):
         for turn in range(self.rounds):
             if self.rounds >= 10 and turn == self.rounds - 1:
                 weight.value = torch.where(weight.high < KNOWN, weight.high, weight.value)
-            own = {"weight": weight.value, "before": torch.full_like(best, torch.inf)}
+            high, none = torch.full_like(best, torch.inf), torch.zeros_like(best)
+            own = {"weight": weight.value, "before": high, "lowest": high, "still": none}
             found = minimise(task, view, x, goal, cost, own, among=best > _nearby(x))
             better = found.score < best
             best = torch.where(better, found.score, best)
@@ -105,12 +110,17 @@ class CWL2(Attack):
         every = max(1, self.steps // CHECKS)
 
         def settled(live: Live, values: Tensor, step: int) -> Tensor | None:
+            own = live.own
+            if self.abort_early:
+                own["lowest"] = torch.minimum(own["lowest"], values)
             if step % every:
                 return None
             done = live.score <= _nearby(live.x)
             if self.abort_early:
-                done = done | (values > STILL * live.own["before"])
-                live.own["before"] = values
+                falling = own["lowest"] <= STILL * own["before"]
+                own["still"] = torch.where(falling, 0, own["still"] + 1)
+                own["before"], own["lowest"] = own["lowest"], torch.full_like(values, torch.inf)
+                done = done | ((own["still"] >= 2) & (step >= FAREST / self.rate))
             return done
 
         return settled
