@@ -30,7 +30,7 @@ def l2(x_adv: Tensor, x: Tensor) -> Tensor:
 def test_it_finds_the_distance_to_a_linear_boundary() -> None:
     """Two classes: (z_y - z_j) / ||w_y - w_j||_2, within two percent and never below."""
     victim, x, y, _, distances = linear_problem(2)
-    result = CWL2(steps=400)(victim, x, untargeted(y), FAR)
+    result = CWL2(steps=250, rate=0.02)(victim, x, untargeted(y), FAR)
     ratio = l2(result.x_adv, x) / distances
     assert bool(result.success.all())
     assert float(ratio.min()) > 0.9999 and float(ratio.max()) < 1.02
@@ -75,7 +75,7 @@ def test_kappa_asks_for_that_margin() -> None:
 def test_a_result_counts_only_inside_the_threat_model() -> None:
     victim, x, y, _, distances = linear_problem(2)
     radius = float(distances.median())
-    result = CWL2(steps=400)(victim, x, untargeted(y), ThreatModel("l2", radius))
+    result = CWL2(steps=250, rate=0.02)(victim, x, untargeted(y), ThreatModel("l2", radius))
     clear = away_from(distances, radius)
     assert torch.equal(result.success[clear], (distances < radius)[clear])
     assert bool((result.prediction != y).all())
