@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from casemate.attacks.l2l import L2L, L2LDA, L2LDATrainer, L2LTrainer, Path, Recursive
 from casemate.attacks.learned import LearnedAttack, NeedsWeights, slope
+from casemate.errors import UserError
 from casemate.networks.base import count_parameters
 from casemate.threat import ThreatModel, untargeted
 
@@ -263,6 +264,14 @@ def test_an_image_does_not_feel_its_batch() -> None:
         x[others], y[others] = digits()[0][:19], digits()[1][:19]
         after = bound(victim, x, untargeted(y), SMALL)
         assert torch.allclose(before.x_adv[11], after.x_adv[11], atol=1e-5)
+
+
+def test_sizes_that_do_not_halve_are_refused() -> None:
+    with pytest.raises(UserError, match="multiples of 2, not 1x7x8"):
+        L2LTrainer().build((1, 7, 8), 10)
+    assert L2LTrainer(network="wide", width=4).build((1, 7, 8), 10)
+    with pytest.raises(UserError, match="multiples of 4, not 1x10x8"):
+        L2LDATrainer().build((1, 10, 8), 10)
 
 
 def test_clips_its_gradient_and_takes_the_recipes_optimizer() -> None:

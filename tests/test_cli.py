@@ -274,7 +274,7 @@ MISTAKES = {
     "failing": (["own:failing"], {}, "failed on images of shape (8, 1, 8, 8) in [0, 1]: "),
     "noisy": (["own:noisy"], {}, "answers the same images differently each time"),
     "no dataset": (["own:net"], {"data": "digts"}, "--data digts: no such dataset or folder; did you mean 'digits'?"),
-    "no attack": (["own:net", "--attacks", "pdg"], {}, "unknown attack 'pdg'; did you mean 'pgd'?"),
+    "no attack": (["own:net", "--attacks", "pdg"], {}, "unknown attack 'pdg'; did you mean 'pgd'"),
     "no option": (["own:net", "--attacks", "pgd:step=3"], {}, "attack pgd has no option 'step'; did you mean"),
     "bad value": (["own:net", "--attacks", "pgd:steps=0"], {}, "attack pgd: steps: Input should be greater"),
     "no pair": (["own:net", "--attacks", "pgd:steps"], {}, "attack pgd: 'steps' is not key=value"),

@@ -27,7 +27,7 @@ from casemate.attacks.learned import (
     slope,
 )
 from casemate.fields import Count, Flag, Natural, NonNegative, Positive, spec
-from casemate.networks.base import Shape
+from casemate.networks.base import Shape, require_divisible
 from casemate.networks.generators import SlimAttacker, UNetGenerator, WideAttacker
 from casemate.objectives import cross_entropy
 from casemate.system import View
@@ -118,6 +118,8 @@ class L2LTrainer(Recursive):
 
     def build(self, input_shape: Shape, num_classes: int) -> dict[str, nn.Module]:
         channels = input_shape[0]
+        if self.network == "slim":
+            require_divisible("L2L's slim attacker", input_shape, 2)
         made = WideAttacker if self.network == "wide" else SlimAttacker
         return {"generator": made(2 * channels, channels, width=self.width)}
 
