@@ -129,3 +129,17 @@ def test_telemetry_is_off() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)
     assert done.stdout.split() == ["true", "true"]
     assert "analytics = false" in Path(".dvc/config").read_text()
+
+
+def test_a_stage_runs_where_mlflow_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "mlflow"] + ["mlflow"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    output = tmp_path / "out"
+    output.write_text("made")
+    with tracking.stage_run(check_params(resolved("smoke")), "train", "atld", tmp_path / "store") as recorder:
+        recorder.params({"a": 1})
+        recorder.metrics({"b": 2.0})
+        recorder.tags({"c": "d"})
+        recorder.output(output)
+        recorder.artifact(output)
+        recorder.flush()

@@ -205,11 +205,23 @@ class MlflowRecorder:
 
 
 class SilentRecorder(MlflowRecorder):
-    """Takes everything and keeps nothing: what a stage gets when not even the local store can be written."""
+    """Takes everything and keeps nothing: what a stage gets where MLflow is not installed, or has no store at all."""
 
     def __init__(self) -> None:
         super().__init__(None, "")
         self._failed = True
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Nothing."""
 
 
 @contextmanager
