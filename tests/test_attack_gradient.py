@@ -10,6 +10,7 @@ from attack_toys import digits, linear_system, system, trained_network
 from torch import Tensor, nn
 
 from casemate.attacks.base import Attack
+from casemate.attacks.carlini_wagner import CWL2
 from casemate.attacks.gradient import FGSM, MIM, PGD, CWMargin
 from casemate.errors import UserError
 from casemate.registry import names, resolve
@@ -121,6 +122,15 @@ def test_fgsm_with_a_random_start_steps_from_there_and_is_projected_back() -> No
     assert torch.allclose((result.x_adv - x).flatten(1)[stood], expected[stood], atol=1e-6)
     assert torch.equal(result.x_adv[~stood], start[~stood])
     assert result.cost.forwards.tolist() == [2] * len(x) and result.cost.backwards.tolist() == [1] * len(x)
+
+
+@pytest.mark.parametrize("attack", [PGD(steps=3), CWL2(steps=20, rounds=2, rate=0.1)], ids=lambda a: type(a).__name__)
+def test_an_attack_may_be_called_where_gradients_are_off(attack: Attack) -> None:
+    victim, x, y, linf, _ = linear_problem(2)
+    threat = ThreatModel("linf", float(linf.median()))
+    plain = attack(victim, x, untargeted(y), threat)
+    with torch.no_grad():
+        assert torch.equal(attack(victim, x, untargeted(y), threat).x_adv, plain.x_adv)
 
 
 class Valley(nn.Module):

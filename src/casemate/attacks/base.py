@@ -120,7 +120,8 @@ class Attack(ABC):
         face = self._face(system, view)
         cost = Cost.zero(len(x))
         with system.frozen():
-            found = self.run(watched(face, system), x, goal, threat, seed, cost)
+            with torch.enable_grad():  # the caller may have switched gradients off
+                found = self.run(watched(face, system), x, goal, threat, seed, cost)
             shown = found if isinstance(found, Shown) else Shown(found.detach(), None)
             if clean is not None:
                 shown = shown.clean_where(goal.reached(clean), x)
