@@ -12,6 +12,7 @@ from torch import Tensor
 
 from casemate import registry
 from casemate.attacks.base import Attack
+from casemate.attacks.reduced import ReducedSearch
 from casemate.errors import UserError
 from casemate.evaluation.images import EvaluationSet, evaluation_order
 from casemate.evaluation.ledger import Cell, Ledger, Shard, full_precision
@@ -90,7 +91,8 @@ def build_attack(name: str, params: AttackParams, budget: float, bind: Bind) -> 
     if budget != 1 and "steps" in options:
         options["steps"] = max(1, round(options["steps"] * budget))
     made: Attack = registry.resolve("attack", params.attack)(**options)
-    return bind(name, made)
+    made = bind(name, made)
+    return ReducedSearch(made) if params.search == "bf16" else made
 
 
 def scaled(attack: Attack, budget: float) -> Attack:
