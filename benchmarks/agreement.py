@@ -4,7 +4,8 @@
 
 Without a model, the network of the tests is trained on the bundled digits. Other libraries are optional: what is not
 installed is left out, and said. All results are judged alike: by the model's own decisions, inside the ball. Clean
-errors count as fallen. Seconds are CPU time of one thread. A new attack joins with one entry in `CASES`.
+errors count as fallen. An attack that draws noise is run for `--seeds` seeds on either side. Seconds are CPU time of
+one thread. The cases are in `agreement_cases.py`; rows of earlier runs stay in the table until they are run again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import statistics
 import sys
 import time
 import warnings
@@ -23,85 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from casemate.attacks.apgd import APGD, APGDT
-from casemate.attacks.autoattack import AutoAttack
-from casemate.attacks.base import Attack
-from casemate.attacks.fab import FABT
-from casemate.attacks.square import Square
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this file is run as a script
+
+from benchmarks.agreement_cases import CASES, Case
+from benchmarks.agreement_libraries import MODULES, PACKAGES, Run
+from benchmarks.agreement_page import GOAL, page
+from casemate.attacks.gradient import PGD
+from casemate.objectives import margin
 from casemate.system import TorchSystem
 from casemate.threat import ThreatModel, untargeted
 
-HERE = Path(__file__).parent
-GOAL = 0.002
-"""Accuracy that casemate may leave above another library at the same settings."""
-
-Run = Callable[[Tensor, Tensor], Tensor]
-Peer = Callable[[nn.Module, ThreatModel], Run]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One setting of one attack. `peers`: {module: what runs the same there}, imported only when it is used."""
-
-    name: str
-    family: str
-    ours: Attack
-    peers: dict[str, Peer]
-    setting: str = ""
-    slow: bool = False
-    """Left out unless asked for by name."""
-
-
-def authors(attack: str, **settings: Any) -> Peer:
-    """The code of AutoAttack's authors, as the package pyautoattack has it."""
-
-    def peer(model: nn.Module, threat: ThreatModel) -> Run:
-        from pyautoattack import AutoAttack as Theirs
-
-        norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
-        options = {"version": "standard"} if attack == "standard" else {"version": "custom", "attacks": [attack]}
-        made = Theirs(model, norm=norm, eps=threat.radius, seed=0, **options)
-        made.apgd.n_restarts = made.fab.n_restarts = made.apgd_targeted.n_restarts = 1
-        for name, value in settings.items():
-            part, _, field = name.partition("__")
-            setattr(getattr(made, part), field, value)
-        return lambda x, y: made.run_standard_evaluation(x, y, batch_size=500)[0]
-
-    return peer
-
-
-def torchattacks(*attacks: tuple[str, dict[str, Any]]) -> Peer:
-    def peer(model: nn.Module, threat: ThreatModel) -> Run:
-        import torchattacks as library
-
-        norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
-        made = [getattr(library, name)(model, norm=norm, eps=threat.radius, **options) for name, options in attacks]
-        run: Run = made[0] if len(made) == 1 else library.MultiAttack(made)
-        return run
-
-    return peer
-
-
-CE, T = ("APGD", {"steps": 100, "loss": "ce"}), ("APGDT", {"steps": 100})
-FAB, SQUARE = ("FAB", {"steps": 100, "multi_targeted": True}), ("Square", {"n_queries": 5000, "resc_schedule": False})
-
-CASES = [
-    Case("apgd_ce", "autoattack", APGD(),
-         {"pyautoattack": authors("apgd-ce"), "torchattacks": torchattacks(CE)}, "100 steps"),
-    Case("apgd_dlr", "autoattack", APGD(objective="dlr"),
-         {"pyautoattack": authors("apgd-dlr"),
-          "torchattacks": torchattacks(("APGD", {"steps": 100, "loss": "dlr"}))}, "100 steps"),
-    Case("apgd_t", "autoattack", APGDT(),
-         {"pyautoattack": authors("apgd-t"), "torchattacks": torchattacks(T)}, "9 targets, 100 steps"),
-    Case("fab_t", "autoattack", FABT(),
-         {"pyautoattack": authors("fab-t"), "torchattacks": torchattacks(FAB)}, "9 targets, 100 steps"),
-    Case("square", "autoattack", Square(),
-         {"pyautoattack": authors("square"), "torchattacks": torchattacks(SQUARE)}, "5000 queries"),
-    Case("autoattack", "autoattack", AutoAttack(),
-         {"pyautoattack": authors("standard"), "torchattacks": torchattacks(CE, T, FAB, SQUARE)}, "standard"),
-]  # fmt: skip
+ROOT = Path(__file__).resolve().parent.parent
+BOUNDARY = 1e-3
+"""Margin in logits below which an image lies on the boundary: rounding may decide it."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +50,24 @@ class Target:
     y: Tensor
     radii: dict[str, float]
 
+    def margins(self, x_adv: Tensor) -> Tensor:
+        """(N,) largest other logit minus that of the label."""
+        with torch.no_grad():
+            return margin(self.system.logits(x_adv), untargeted(self.y))
+
+    def wrong(self, x_adv: Tensor) -> Tensor:
+        """(N,) bool by the model's own decisions."""
+        with self.system.frozen():
+            return self.system.decide(x_adv) != self.y
+
+    def fallen(self, x_adv: Tensor, threat: ThreatModel) -> Tensor:
+        """(N,) bool: wrong from the start, or wrong now and inside the ball."""
+        return self.wrong(self.x) | (self.wrong(x_adv) & threat.contains(x_adv, self.x))
+
 
 def digits_target(images: int) -> Target:
     """The network and the images of the tests."""
-    sys.path.insert(0, str(HERE.parent / "tests"))
+    sys.path.insert(0, str(ROOT / "tests"))
     from attack_toys import digits, system, trained_network
 
     x, y = digits()
@@ -135,87 +87,158 @@ def trained_target(folder: str, data: str, root: Path, images: int, radii: dict[
     return Target(f"{data}, {Path(folder).name}", brought.system, x, y, radii)
 
 
-def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a library did: images and CPU seconds, one of each for every seed."""
+
+    images: list[Tensor]
+    seconds: list[float]
+
+
+def outcomes(case: Case, target: Target, threat: ThreatModel, seeds: int) -> dict[str, Outcome]:
+    """Ours first. Every library in turn for a seed, so that a busy machine slows all of them."""
+    found = {name: Outcome([], []) for name in ["casemate", *filter(_installed, case.peers)]}
+    goal = untargeted(target.y)
+    for seed in range(seeds if case.noise else 1):
+        for name, outcome in found.items():
+
+            def ours(x: Tensor, y: Tensor, seed: int = seed) -> Tensor:
+                return case.ours(target.system, x, goal, threat, seed).x_adv
+
+            with target.system.frozen():
+                run: Run = ours if name == "casemate" else case.peers[name](target.system.classifier, threat, seed)
+                images, seconds = timed(run, target.x, target.y)
+            outcome.images.append(images)
+            outcome.seconds.append(seconds)
+    return found
+
+
+def timed(run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         begun = time.thread_time()
-        found = run()
+        found = run(x, y)
     return found.detach(), time.thread_time() - begun
 
 
-def left(target: Target, x_adv: Tensor, threat: ThreatModel) -> float:
-    """Accuracy that is left; an image counts as fallen only inside the ball."""
-    with target.system.frozen():
-        clean = target.system.decide(target.x) != target.y
-        wrong = (target.system.decide(x_adv) != target.y) & threat.contains(x_adv, target.x)
-    return 1 - float((clean | wrong).float().mean())
+def _installed(library: str) -> bool:
+    there = importlib.util.find_spec(MODULES.get(library, library)) is not None
+    if not there:
+        print(f"{library} is not installed: left out", file=sys.stderr)
+    return there
 
 
-def measure(case: Case, target: Target, norm: str) -> list[dict[str, Any]]:
+# --- judging --------------------------------------------------------------------------------------------------------
+
+
+def spread(falls: Tensor) -> float | None:
+    """Variance of the mean number of fallen images over seeds, from `falls` (seeds x images); None for one seed.
+
+    Images have noise of their own, so their variances add up, which tells more than a few totals do. Where a library
+    lets them share it (Square), the totals vary more: the larger of the two estimates.
+    """
+    seeds = len(falls)
+    if seeds < 2:
+        return None
+    falls = falls.double()
+    return max(float(falls.var(0).sum()), float(falls.sum(1).var())) / seeds
+
+
+def compare(ours: Tensor, theirs: Tensor) -> tuple[float, float | None]:
+    """How much more accuracy ours leaves than theirs (seeds x images, bool: fallen), and its standard error."""
+    images = ours.shape[1]
+    above = float(theirs.double().mean() - ours.double().mean())
+    variances = [spread(ours), spread(theirs)]
+    if None in variances:
+        return above, None
+    return above, sum(v for v in variances if v is not None) ** 0.5 / images
+
+
+def judge_left(found: dict[str, Outcome], target: Target, threat: ThreatModel) -> Callable[[str], dict[str, Any]]:
+    falls = {n: torch.stack([target.fallen(x, threat) for x in o.images]) for n, o in found.items()}
+
+    def row(library: str) -> dict[str, Any]:
+        each = [round(1 - float(share), 6) for share in falls[library].double().mean(1)]
+        about = {"left": statistics.mean(each), "low": min(each), "high": max(each), "each": each}
+        if library == "casemate":
+            return about
+        above, error = compare(falls["casemate"], falls[library])
+        return {**about, "above": above, "error": error}
+
+    return row
+
+
+def judge_decisions(
+    found: dict[str, Outcome], target: Target, threat: ThreatModel
+) -> Callable[[str], dict[str, Any]]:
+    falls = {name: target.fallen(outcome.images[0], threat) for name, outcome in found.items()}
+    near = {name: target.margins(outcome.images[0]).abs() < BOUNDARY for name, outcome in found.items()}
+
+    def row(library: str) -> dict[str, Any]:
+        about = {"left": round(1 - float(falls[library].double().mean()), 6)}
+        if library == "casemate":
+            return about
+        differ = falls["casemate"] != falls[library]
+        boundary = differ & (near["casemate"] | near[library])
+        return {**about, "differ": int(differ.sum()), "boundary": int(boundary.sum())}
+
+    return row
+
+
+def judge_norm(found: dict[str, Outcome], target: Target, threat: ThreatModel) -> Callable[[str], dict[str, Any]]:
+    """Mean norms over the images that both have felled, and that were right before."""
+    right = ~target.wrong(target.x)
+    felled = {name: target.wrong(outcome.images[0]) & right for name, outcome in found.items()}
+    norms = {name: threat.distance(outcome.images[0], target.x) for name, outcome in found.items()}
+
+    def row(library: str) -> dict[str, Any]:
+        both = felled["casemate"] & felled[library]
+        about = {"right": int(right.sum()), "felled": int(felled[library].sum())}
+        if library == "casemate":
+            return {**about, "norm_mean": float(norms[library][both].mean())}
+        mine, other = (float(norms[name][both].mean()) for name in ("casemate", library))
+        return {**about, "both": int(both.sum()), "norm_ours": mine, "norm_mean": other, "ratio": mine / other}
+
+    return row
+
+
+JUDGES = {"left": judge_left, "decisions": judge_decisions, "norm": judge_norm}
+
+
+def measure(case: Case, target: Target, norm: str, seeds: int) -> list[dict[str, Any]]:
+    """A row for each library, ours first."""
     threat = ThreatModel(norm, target.radii[norm])  # type: ignore[arg-type]
-    goal = untargeted(target.y)
-    runs: dict[str, Callable[[], Tensor]] = {
-        "casemate": lambda: case.ours(target.system, target.x, goal, threat).x_adv
-    }
-    for module, peer in case.peers.items():
-        if importlib.util.find_spec(module) is None:
-            print(f"{module} is not installed: left out", file=sys.stderr)
-            continue
-        with target.system.frozen():
-            run = peer(target.system.classifier.eval(), threat)
-        runs[module] = lambda run=run: run(target.x, target.y)  # type: ignore[misc]
+    found = outcomes(case, target, threat, seeds)
+    judged = JUDGES[case.measure](found, target, threat)
     rows = []
-    for library, attack in runs.items():
-        x_adv, seconds = timed(attack)
-        row = {
-            "model": target.name, "images": len(target.x), "family": case.family, "case": case.name,
-            "setting": case.setting, "norm": norm, "radius": threat.radius, "library": library,
-            "version": _version(library), "left": left(target, x_adv, threat), "seconds": seconds,
-        }  # fmt: skip
-        rows.append(row)
-        print(_line(row), flush=True)
-    ours = rows[0]
-    for row in rows[1:]:
-        row["above"] = ours["left"] - row["left"]
-        row["times"] = row["seconds"] / ours["seconds"]
+    for library, outcome in found.items():
+        times = [a / b for a, b in zip(outcome.seconds, found["casemate"].seconds, strict=True)]
+        rows.append({
+            "model": target.name, "images": len(target.x), "measure": case.measure, "case": case.name,
+            "setting": case.setting, "norm": norm, "radius": None if case.measure == "norm" else threat.radius,
+            "library": library, "version": importlib.metadata.version(PACKAGES.get(library, library)),
+            "seeds": len(outcome.seconds) if case.noise else None, **judged(library),
+            "seconds": round(statistics.median(outcome.seconds), 3), "times": round(statistics.median(times), 3),
+        })  # fmt: skip
     return rows
 
 
-def _version(library: str) -> str:
-    return importlib.metadata.version(library)
+# --- the command ----------------------------------------------------------------------------------------------------
 
 
-def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['model']:24} {row['case']:11} {row['norm']:4} {row['radius']:.4g}  {row['library']:13} "
-        f"{100 * row['left']:6.2f} % left of {row['images']}, {row['seconds']:8.2f} s"
-    )
+def merge(known: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of earlier runs without those that `new` replaces, in the order of the cases."""
+    order = [case.name for case in CASES]
 
+    def key(row: dict[str, Any]) -> tuple[str, str, str]:
+        return row["model"], row["norm"], row["case"]
 
-def table(about: dict[str, Any]) -> str:
-    """The rows as a page: accuracy left, and the others' time over ours."""
-    lines = [
-        "# Agreement with other libraries", "",
-        "Made by `python benchmarks/agreement.py`. Accuracy left at the same settings, clean errors counted as "
-        f"fallen; in brackets the library's CPU time over casemate's, one thread. torch {about['torch']}, "
-        f"{about['machine']}. Goal: casemate never more than {100 * GOAL:g} points above another.", "",
-    ]  # fmt: skip
-    libraries = sorted({row["library"] for row in about["rows"]} - {"casemate"})
-    head = ["model", "images", "attack", "setting", "ball", "casemate", *libraries]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in about["rows"]:
-        key = tuple(row[k] for k in ("model", "images", "case", "setting", "norm", "radius"))
-        groups.setdefault(key, {})[row["library"]] = row
-    for (model, images, case, setting, norm, radius), found in groups.items():
-        ours = found["casemate"]
-        cells = [model, str(images), case, setting, f"{norm} {radius:.4g}",
-                 f"{100 * ours['left']:.2f} % ({ours['seconds']:.1f} s)"]  # fmt: skip
-        for library in libraries:
-            row = found.get(library)
-            cells.append("" if row is None else f"{100 * row['left']:.2f} % ({row['times']:.2f} x)")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    made = {key(row) for row in new}
+    rows = [row for row in known if key(row) not in made and row["case"] in order] + new
+    return sorted(rows, key=lambda row: (row["model"], order.index(row["case"]), row["norm"]))
 
 
 def main() -> None:
@@ -224,11 +247,12 @@ def main() -> None:
     parser.add_argument("--data", default="mnist")
     parser.add_argument("--data-root", type=Path, default=Path("data/raw"))
     parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--radius-linf", type=float, default=0.3)
     parser.add_argument("--radius-l2", type=float, default=2.0)
     parser.add_argument("--norms", nargs="+", default=["linf", "l2"], choices=["linf", "l2"])
-    parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES if not case.slow])
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "agreement.json")
+    parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES], choices=[c.name for c in CASES])
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "agreement.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     radii = {"linf": options.radius_linf, "l2": options.radius_l2}
@@ -236,17 +260,18 @@ def main() -> None:
         target = digits_target(options.images)
     else:
         target = trained_target(options.model, options.data, options.data_root, options.images, radii)
-    known = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+    PGD(steps=2)(target.system, target.x, untargeted(target.y), ThreatModel("linf", 0.1))  # first passes are slower
     about: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, "goal": GOAL}
-    for norm in options.norms:
-        for case in (case for case in CASES if case.name in options.cases):
-            new = measure(case, target, norm)
-            kept = [r for r in known if (r["model"], r["case"], r["norm"]) != (target.name, case.name, norm)]
-            known = sorted(kept + new, key=lambda r: (r["model"], r["norm"], r["family"]))
-            options.json.write_text(json.dumps({**about, "rows": known}, indent=1) + "\n")
-            options.json.with_suffix(".md").write_text(table({**about, "rows": known}))
-    worst = max((row["above"] for row in known if "above" in row), default=0.0)
-    print(f"casemate leaves at most {100 * worst:.2f} points more than another; goal {100 * GOAL:g}")
+    for case in (case for case in CASES if case.name in options.cases):
+        for norm in (norm for norm in case.norms if norm in options.norms):
+            new = measure(case, target, norm, options.seeds)
+            known = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+            about["rows"] = merge(known, new)
+            options.json.write_text(json.dumps(about, indent=1) + "\n")
+            options.json.with_suffix(".md").write_text(page(about))
+            for row in new:
+                shown = {k: v for k, v in row.items() if k not in ("model", "measure", "setting", "version", "each")}
+                print(json.dumps(shown), flush=True)
 
 
 if __name__ == "__main__":
