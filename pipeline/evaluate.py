@@ -79,20 +79,22 @@ def candidates(params: Params, row: str, device: str) -> list[Any]:
 
 
 def binder(params: Params, row: str, source: System | None) -> Any:
-    """Binds transfer attacks to the source, and attacks that learn to the weights fitted to this row."""
+    """Binds transfer attacks to the source, and attacks that learn to the weights fitted to this row, if any are."""
     from casemate.errors import UserError, near
     from casemate.registry import resolve
     from casemate.training.artifact import load_artifact
 
-    generators = params.finetune.generators
+    generators, is_victim = params.finetune.generators, row in params.victims
 
-    def bind(name: str, attack: Attack) -> Attack:
+    def bind(name: str, attack: Attack) -> Attack | None:
         if attack.binds is None:
             return attack
         if attack.binds == "source":
             if source is None:
                 raise UserError(f"attack {name!r} needs evaluate.source in params.yaml")
             return attack.with_source(source)
+        if not is_victim:
+            return None
         wanted = getattr(attack, "generator", None) or name
         if wanted not in generators:
             raise UserError(

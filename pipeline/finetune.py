@@ -6,8 +6,10 @@ python -m pipeline.finetune --row at_pgd
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.common import STATE, device_of, recording, row_of, stage, write_json, write_text
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 def run(params: Params, options: argparse.Namespace) -> None:
     row = row_of(params, options.row, params.evaluate.models, "evaluate.models")
     out = params.models_dir / "generators" / row
-    generators = params.finetune.generators
+    generators = params.finetune.generators if row in params.victims else {}
     for stale in [p for p in out.glob("*") if p.name not in generators]:
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     if generators:
@@ -57,6 +59,10 @@ def fit(params: Params, row: str, name: str, generator: Generator, data: Trainin
     }  # fmt: skip
     out, rooms = params.models_dir / "generators" / row / name, versions()
     shared = {room: rooms[room] for room in ("data", "networks", "training")}
+    card |= {"data": data.facts(), "rooms": shared, "train_size": params.train_size, "validation": params.validation}
+    if fitted(out, card):
+        print(f"{name}: fitted to {row} already, with these settings")
+        return
     with recording(params, "finetune", f"{row}-{name}") as recorder:
         recorder.params({"victim": row, "attack": name, "recipe": recipe.as_dict()})
 
@@ -66,10 +72,22 @@ def fit(params: Params, row: str, name: str, generator: Generator, data: Trainin
 
         train(
             method, task, data.train, None, recipe, seed=params.seed, device=device,
-            checkpoints=STATE / "checkpoints", identity={**card, "rooms": shared}, recorder=recorder, progress=True,
+            checkpoints=STATE / "checkpoints", identity=card, recorder=recorder, progress=True,
             save=save,
         )  # fmt: skip
         recorder.output(out / "weights.safetensors")
+
+
+def fitted(out: Path, card: dict[str, Any]) -> bool:
+    """Whether `out` holds whole weights that were fitted with exactly these settings to exactly this victim."""
+    from casemate.errors import UserError
+    from casemate.training.artifact import load_artifact
+
+    try:
+        found = load_artifact(out)[1]
+    except UserError:
+        return False
+    return all(found.get(key) == value for key, value in json.loads(json.dumps(card)).items())
 
 
 if __name__ == "__main__":

@@ -27,16 +27,19 @@ def run(params: Params, options: argparse.Namespace) -> None:
     train_row(params, row_of(params, options.row, list(params.defenses), "defenses"), "train")
 
 
-def train_row(params: Params, row: str, stage_name: str) -> None:
-    """Train a row and write its artifact, metrics and curves."""
+def train_row(params: Params, row: str, stage_name: str, start: str | None = None) -> None:
+    """Train a row, from the weights of another where `start` names one; write its artifact, metrics and curves."""
     from casemate.registry import resolve
-    from casemate.training.artifact import make_card, save_artifact
+    from casemate.training.artifact import make_card, save_artifact, with_classifier
     from casemate.training.loop import train
 
     device, method = device_of(params), params.rows[row]
     data = training_data(params, device)
     recipe = method.recipe.scaled(params.budget)
     task = task_of(params, data, recipe)
+    begun: dict[str, Any] = {}
+    if start is not None:
+        task, begun = with_classifier(task, params.models_dir / "trained" / start)
     out, reports = params.models_dir / "trained" / row, params.reports_dir
     with recording(params, stage_name, row) as recorder:
         recorder.params({"row": row, "method": method.method, "options": method.options, "recipe": recipe.as_dict()})
@@ -47,12 +50,12 @@ def train_row(params: Params, row: str, stage_name: str) -> None:
                 normalise=data.statistics(params), defense=method.method, defense_options=method.options,
                 recipe=recipe, threat=task.threat, seed=params.seed, budget=params.budget, trained=done,
             )  # fmt: skip
-            save_artifact(out, done.modules, card)
+            save_artifact(out, done.modules, {**card, **begun})
 
         done = train(
             resolve("defense", method.method)(**method.options), task, data.train, data.validation, recipe,
             seed=params.seed, device=device, checkpoints=STATE / "checkpoints",
-            identity=identity(params, data, method), recorder=recorder, progress=True,
+            identity={**identity(params, data, method), **begun}, recorder=recorder, progress=True,
             pad=data.dataset.pad, flip=data.dataset.flip, save=save,
         )  # fmt: skip
         last = {k: v for k, v in done.curves[-1].items() if k not in ("epoch", "lr")}

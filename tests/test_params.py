@@ -74,6 +74,37 @@ def test_a_row_under_pretrain_and_defenses_is_refused() -> None:
         check_params(content)
 
 
+TUNED = {"method": "at_pgd", "start": "standard", "recipe": {"epochs": 1, "lr": 0.1}}
+
+
+def test_a_tuned_row_is_a_row() -> None:
+    params = check_params(put("tuned", {"warm": TUNED}))
+    assert params.rows["warm"].method == "at_pgd" and params.tuned["warm"].start == "standard"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("tuned", {"at_pgd": TUNED}, "tuned.at_pgd: this row is under defenses too"),
+        (
+            "tuned",
+            {"warm": {**TUNED, "start": "standrd"}},
+            "tuned.warm.start: no row 'standrd' .*did you mean 'standard'",
+        ),
+        ("tuned", {"a": TUNED, "b": {**TUNED, "start": "a"}}, "tuned.b.start: no row 'a' under pretrain or defenses"),
+        ("tuned", {"warm": {k: v for k, v in TUNED.items() if k != "start"}}, "tuned.warm.start: this key is needed"),
+        (
+            "finetune.victims",
+            ["trade"],
+            "finetune.victims: no row 'trade' under evaluate.models; did you mean 'trades'",
+        ),
+    ],
+)
+def test_tuned_rows_and_victims_must_exist(path: str, value: Any, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        check_params(put(path, value))
+
+
 def test_broken_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_params(tmp_path / "params.yaml")

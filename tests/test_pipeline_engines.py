@@ -54,6 +54,29 @@ def test_after_snakemake_both_engines_say_nothing_to_do(smoke: Project) -> None:
     assert (smoke.folder / "reports/smoke/index.html").exists()
 
 
+def test_a_tuned_row_begins_where_its_start_ended(smoke: Project) -> None:
+    start = smoke.json("models/smoke/trained/standard/card.json")["weights_sha256"]
+    begun = smoke.json("models/smoke/trained/warm/card.json")["start"]
+    assert (begun["row"], begun["weights_sha256"]) == ("standard", start)
+
+
+def test_a_new_generator_leaves_those_that_are_fitted(smoke: Project) -> None:
+    before = (smoke.folder / "models/smoke/generators/atld/gap/weights.safetensors").read_bytes()
+    change(smoke, "finetune.generators.other", {
+        "method": "gap", "options": {"width": 4},
+        "recipe": {"epochs": 5, "lr": 0.01, "batch_size": 64},
+    })  # fmt: skip
+    done = smoke.dvc("repro", "-s", "finetune@atld")
+    assert "gap: fitted to atld already" in done.stdout
+    assert (smoke.folder / "models/smoke/generators/atld/gap/weights.safetensors").read_bytes() == before
+    assert smoke.json("models/smoke/generators/atld/index.json") == ["gap", "other"]
+    change(smoke, "finetune.victims", ["standard"])
+    smoke.dvc("repro", "-s", "finetune@atld")
+    assert not (smoke.folder / "models/smoke/generators/atld/gap").exists()
+    done = smoke.dvc("repro", "-s", "evaluate@atld")
+    assert "gap is left out: it is fitted to other rows only" in done.stdout
+
+
 def test_a_row_trained_below_one_epoch_is_not_ranked(smoke: Project) -> None:
     change(smoke, "budget", 0.04)
     smoke.dvc("repro", "-s", "train@atld")
@@ -88,7 +111,7 @@ def test_a_gpu_that_is_absent_is_said(smoke: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["download", "subset", "pretrain", "train", "finetune", "evaluate", "export", "report"]
+    "stage", ["download", "subset", "pretrain", "train", "tune", "finetune", "evaluate", "export", "report"]
 )
 def test_every_stage_has_help(stage: str, smoke: Project) -> None:
     done = smoke.python("-m", f"pipeline.{stage}", "--help")

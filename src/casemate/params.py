@@ -6,7 +6,7 @@ An unknown key or a bad value raises UserError that names its path, such as `def
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,6 +56,13 @@ class Method(Section):
         return self
 
 
+class Tuned(Method):
+    """A row that begins with another row's weights."""
+
+    start: Name
+    """A row under pretrain or defenses. Its classifier must be the network that this method trains."""
+
+
 class Generator(Section):
     """An attack that learns: a registered one, its options, and how long it is fitted to each victim."""
 
@@ -70,9 +77,11 @@ class Generator(Section):
 
 
 class Finetune(Section):
-    """The attacks that learn, by name; each is fitted to every evaluated row."""
+    """The attacks that learn, by name; each is fitted to every victim."""
 
     generators: dict[Name, Generator] = {}
+    victims: list[Name] | Literal["all"] = "all"
+    """Rows they are fitted to, of those that are evaluated; the others are not attacked with them."""
 
 
 class Subset(Section):
@@ -116,6 +125,7 @@ class Params(Section):
     network: Network
     pretrain: dict[Name, Method]
     defenses: dict[Name, Method] = {}
+    tuned: dict[Name, Tuned] = {}
     finetune: Finetune = Finetune()
     subset: dict[Name, Subset] = {}
     evaluate: EvaluateParams
@@ -133,9 +143,19 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _rows(self) -> Params:
-        twice = set(self.pretrain) & set(self.defenses)
-        if twice:
-            raise ValueError(f"defenses.{min(twice)}: this row is under pretrain too")
+        for section, others in {"defenses": {"pretrain"}, "tuned": {"pretrain", "defenses"}}.items():
+            for row in getattr(self, section):
+                for other in sorted(others):
+                    if row in getattr(self, other):
+                        raise ValueError(f"{section}.{row}: this row is under {other} too")
+        untuned = {**self.pretrain, **self.defenses}
+        for row, tuned in self.tuned.items():
+            if tuned.start not in untuned:
+                raise ValueError(f"tuned.{row}.start: {_no_row(tuned.start, untuned, 'pretrain or defenses')}")
+        victims = [] if self.finetune.victims == "all" else self.finetune.victims
+        for row in victims:
+            if row not in self.evaluate.models:
+                raise ValueError(f"finetune.victims: {_no_row(row, self.evaluate.models, 'evaluate.models')}")
         lists = {
             "evaluate.models": self.evaluate.models,
             "evaluate.source": [self.evaluate.source] if self.evaluate.source else [],
@@ -144,7 +164,7 @@ class Params(Section):
         for where, rows in lists.items():
             for row in rows:
                 if row not in self.rows:
-                    raise ValueError(f"{where}: no row {row!r} under pretrain or defenses{near(row, self.rows)}")
+                    raise ValueError(f"{where}: {_no_row(row, self.rows, 'pretrain, defenses or tuned')}")
         return self
 
     @model_validator(mode="after")
@@ -166,7 +186,12 @@ class Params(Section):
     @property
     def rows(self) -> dict[str, Method]:
         """Everything that is trained, by row name."""
-        return {**self.pretrain, **self.defenses}
+        return {**self.pretrain, **self.defenses, **self.tuned}
+
+    @property
+    def victims(self) -> list[str]:
+        """Evaluated rows that the attacks that learn are fitted to."""
+        return self.evaluate.models if self.finetune.victims == "all" else list(self.finetune.victims)
 
     @property
     def models_dir(self) -> Path:
@@ -175,6 +200,10 @@ class Params(Section):
     @property
     def reports_dir(self) -> Path:
         return Path("reports", self.profile)
+
+
+def _no_row(row: str, rows: Iterable[str], where: str) -> str:
+    return f"no row {row!r} under {where}{near(row, rows)}"
 
 
 def load_params(path: Path) -> Params:

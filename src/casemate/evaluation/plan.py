@@ -22,7 +22,8 @@ from casemate.objectives import cross_entropy
 from casemate.system import ANSWERS, System, View
 from casemate.threat import ThreatModel, untargeted
 
-Bind = Callable[[str, Attack], Attack]
+Bind = Callable[[str, Attack], Attack | None]
+"""Gives the attack what it needs besides the victim; None leaves it out for this row."""
 """(name of the cell, attack) -> the attack with what it must be bound to: a source system, fitted weights."""
 Progress = Callable[[str, int, int], None]
 """(what is running, images done, images in all)."""
@@ -85,14 +86,14 @@ def bind_source(source: System | None) -> Bind:
     return bind
 
 
-def build_attack(name: str, params: AttackParams, budget: float, bind: Bind) -> Attack:
-    """The registered attack with its options, its steps scaled by `budget` (at least one is left)."""
+def build_attack(name: str, params: AttackParams, budget: float, bind: Bind) -> Attack | None:
+    """The registered attack with its options, its steps scaled by `budget` (at least one is left); None if `bind`
+    leaves it out."""
     options: dict[str, Any] = registry.schema("attack", params.attack)(**params.options).model_dump()
     if budget != 1 and "steps" in options:
         options["steps"] = max(1, round(options["steps"] * budget))
-    made: Attack = registry.resolve("attack", params.attack)(**options)
-    made = bind(name, made)
-    return ReducedSearch(made) if params.search == "bf16" else made
+    made = bind(name, registry.resolve("attack", params.attack)(**options))
+    return ReducedSearch(made) if made is not None and params.search == "bf16" else made
 
 
 def scaled(attack: Attack, budget: float) -> Attack:
@@ -120,6 +121,9 @@ def plan_suites(
         images = min(most, _images(params, suite, total))
         for name, cell in content.attacks.items():
             attack = build_attack(name, cell, budget, bind)
+            if attack is None:
+                plan.skipped[name] = "is fitted to other rows only (finetune.victims)"
+                continue
             missing = attack.needs - system.offers
             if missing:
                 plan.skipped[name] = f"needs {', '.join(sorted(missing))}; this model offers {_offers(system)}"
@@ -144,6 +148,8 @@ def _images(params: EvaluateParams, suite: str, total: int) -> int:
 def plan_sweep(sweep: Sweep, threat: ThreatModel, *, total: int, budget: float, bind: Bind) -> list[Planned]:
     """One cell for each radius above 0, on the adaptive view."""
     attack = build_attack("sweep", sweep, budget, bind)
+    if attack is None:
+        return []
     balls = [ThreatModel(threat.norm, radius) for radius in sweep.radii if radius > 0]
     images = min(sweep.images, total)
     return [Planned(str(ball), "sweep", sweep.attack, attack, ball, "adaptive", images) for ball in balls]

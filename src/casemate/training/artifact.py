@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -197,6 +197,25 @@ def load_modules(folder: Path, device: torch.device | str = "cpu") -> tuple[Defe
         module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         module.eval()
     return defense, modules, card
+
+
+def with_classifier(task: Task, folder: Path) -> tuple[Task, dict[str, Any]]:
+    """The task with its fresh networks holding the classifier of a trained artifact, and what a card says of that.
+
+    Raises UserError if that classifier is another network than the task's.
+    """
+    tensors, card = load_artifact(folder)
+    if "classifier" not in tensors:
+        raise UserError(f"{folder / WEIGHTS} has no classifier to start from")
+
+    def begun() -> nn.Module:
+        network = task.network()
+        _fill(network, tensors["classifier"], f"{folder / WEIGHTS}: module classifier")
+        return network
+
+    begun()
+    start = {"row": folder.name, "weights_sha256": card["weights_sha256"], "epochs": card.get("effective_epochs")}
+    return replace(task, network=begun), {"start": start}
 
 
 def load_system(folder: Path, mode: str | None = None, device: torch.device | str = "cpu") -> System:
