@@ -186,6 +186,7 @@ def test_two_fetches_at_once_share_the_work(tmp_path: Path) -> None:
 
 def test_sources_and_datasets_need_no_torch() -> None:
     modules = "sources, store, files, archives, mnist, cifar10, digits, splits, folder, subset, pictures"
+    modules += ", cifar100, svhn, stl10, tinyimagenet"
     code = f"import sys; from casemate.data import {modules}; print('torch' in sys.modules, 'PIL' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.split() == ["False", "False"]

@@ -24,6 +24,10 @@ TABLES: dict[str, dict[str, str]] = {
         "mnist": "casemate.data.mnist:MNIST",
         "fashion_mnist": "casemate.data.mnist:FashionMNIST",
         "cifar10": "casemate.data.cifar10:CIFAR10",
+        "cifar100": "casemate.data.cifar100:CIFAR100",
+        "svhn": "casemate.data.svhn:SVHN",
+        "stl10": "casemate.data.stl10:STL10",
+        "tinyimagenet": "casemate.data.tinyimagenet:TinyImageNet",
     },
     "network": {
         "digits_cnn": "casemate.networks.small:DigitsCNN",

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import shutil
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from casemate.data import store
-from casemate.data.archives import BadArchive, find
+from casemate.data.archives import BadArchive, check_md5, find
 from casemate.data.base import Dataset, Images, Split
 from casemate.data.sources import LOCAL_VARIABLE, Source, SourceFailed, reason
 from casemate.errors import UserError
@@ -25,15 +26,19 @@ Arrays = Mapping[str, np.ndarray]
 class FileDataset(Dataset):
     """A dataset of `counts` images a split whose canonical content has known checksums.
 
-    A subclass says which sources to ask and how to read what they give; it is never told which one it was.
+    A subclass says which sources to ask and how to read what they give; it is never told which one it was. Where no
+    checksum of the decoded content is published, `checksums` is empty: `decode` then verifies the files it reads
+    (see `verified`), and the manifest keeps the checksums of what came out, for every later look.
     """
 
     name: ClassVar[str]
     """The registered name, and that of its folder."""
     counts: ClassVar[Mapping[str, int]]
     """Images in `train` and `test`."""
-    checksums: ClassVar[Mapping[str, str]]
-    """sha256 of the canonical content of each of `store.ARRAYS`, as `digest` computes it."""
+    checksums: ClassVar[Mapping[str, str]] = {}
+    """Of the canonical content of each of `store.ARRAYS`, as `digest` computes it; or empty."""
+    algorithm: ClassVar[str] = "sha256"
+    """Of `digest`, for the manifest."""
     sources: ClassVar[tuple[Source, ...]] = ()
     bring: ClassVar[str] = ""
     """The files a user could fetch by hand, for the message when no source serves."""
@@ -64,13 +69,28 @@ class FileDataset(Dataset):
             if problem:
                 raise BadArchive(f"{name} {problem}")
 
-    def problem(self, name: str, array: np.ndarray) -> str:
-        """What is wrong with an array; empty if nothing is."""
+    def problem(self, name: str, array: np.ndarray, recorded: str | None = None) -> str:
+        """What is wrong with an array; empty if nothing is. `recorded` is its checksum if none is published."""
         if array.shape != self.shape(name):
             return f"has shape {array.shape}, not {self.shape(name)}"
-        if self.digest(name, array) != self.checksums[name]:
+        if name.endswith("labels") and not (array.min() >= 0 and array.max() < len(self.classes)):
+            return f"has values outside 0..{len(self.classes) - 1}"
+        expected = self.checksums.get(name, recorded)
+        if expected is not None and self.digest(name, array) != expected:
             return "has the wrong checksum: truncated or altered"
         return ""
+
+    def recorded(self, folder: Path) -> dict[str, str]:
+        """Checksums that the manifest of a folder gives, where none are published; ValueError if it gives none."""
+        if self.checksums:
+            return {}
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            if manifest["dataset"] != self.name:
+                raise ValueError(f"manifest.json is of {manifest['dataset']}")
+            return {name: str(manifest["arrays"][name][self.algorithm]) for name in store.ARRAYS}
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError("manifest.json gives no checksums") from None
 
     def fetch(self, folder: Path) -> str:
         if self.is_complete(folder):
@@ -83,7 +103,7 @@ class FileDataset(Dataset):
             typed = {
                 n: a.astype(np.uint8 if n.endswith("images") else np.int64, copy=False) for n, a in arrays.items()
             }
-            store.write_arrays(folder, staging, typed, self.manifest())
+            store.write_arrays(folder, staging, typed, self.manifest(typed))
             return source
 
     def obtain(self, staging: Path) -> tuple[str, Arrays]:
@@ -111,36 +131,39 @@ class FileDataset(Dataset):
         """The arrays of a canonical folder (another checkout's, say) at or below `folder`, if their content fits."""
         for first in find(folder, [f"{store.ARRAYS[0]}.npy"])[f"{store.ARRAYS[0]}.npy"]:
             with contextlib.suppress(OSError, ValueError):
+                recorded = self.recorded(first.parent)
                 arrays = {name: store.read_array(first.parent, name) for name in store.ARRAYS}
-                if not any(self.problem(name, array) for name, array in arrays.items()):
+                if not any(self.problem(name, array, recorded.get(name)) for name, array in arrays.items()):
                     return arrays
         return None
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self, content: Arrays) -> dict[str, Any]:
         """What the folder holds, for a reader without this library."""
-        arrays = {name: {"shape": self.shape(name), "sha256": self.checksums[name]} for name in store.ARRAYS}
+        sums = self.checksums or {name: self.digest(name, content[name]) for name in store.ARRAYS}
+        arrays = {name: {"shape": self.shape(name), self.algorithm: sums[name]} for name in store.ARRAYS}
         return {"schema": 1, "dataset": self.name, "classes": self.classes, "arrays": arrays}
 
     def is_complete(self, folder: Path) -> bool:
         """Whether `folder` holds exactly the canonical content."""
         try:
+            recorded = self.recorded(folder)
             return (folder / "manifest.json").is_file() and not any(
-                self.checked(folder, name) for name in store.ARRAYS
+                self.checked(folder, name, recorded.get(name)) for name in store.ARRAYS
             )
         except (OSError, ValueError):
             return False
 
-    def checked(self, folder: Path, name: str) -> str:
+    def checked(self, folder: Path, name: str, recorded: str | None) -> str:
         """`problem` of a stored array, computed once for each state of its file."""
         state = (folder / f"{name}.npy").stat()
-        return _checked(self, folder.resolve(), name, (state.st_ino, state.st_size, state.st_mtime_ns))
+        return _checked(self, folder.resolve(), name, (state.st_ino, state.st_size, state.st_mtime_ns), recorded)
 
     def load(self, folder: Path, split: Split) -> Images:
         mend = f"run `python -m pipeline.download --dataset {self.name}` to fetch it again"
         found = {}
         for name in (f"{split}_images", f"{split}_labels"):
             try:
-                problem = self.checked(folder, name)
+                problem = self.checked(folder, name, self.recorded(folder).get(name))
                 found[name] = store.read_array(folder, name)
             except FileNotFoundError:
                 raise UserError(f"{self.name} is not in {folder} ({name}.npy is missing): {mend}") from None
@@ -152,8 +175,20 @@ class FileDataset(Dataset):
 
 
 @functools.cache
-def _checked(dataset: FileDataset, folder: Path, name: str, state: tuple[int, int, int]) -> str:
-    return dataset.problem(name, store.read_array(folder, name))
+def _checked(dataset: FileDataset, folder: Path, name: str, state: tuple[int, int, int], recorded: str | None) -> str:
+    return dataset.problem(name, store.read_array(folder, name), recorded)
+
+
+def verified(paths: Sequence[Path], md5: str, name: str) -> Path:
+    """The first of the files with that md5, which its publisher gives. Raises SourceFailed for the file `name`."""
+    wrong = []
+    for path in paths:
+        try:
+            check_md5(path, md5)
+            return path
+        except BadArchive as error:
+            wrong.append(str(error))
+    raise SourceFailed(", ".join(wrong) or f"no {name} there")
 
 
 def as_bytes(array: np.ndarray) -> memoryview:

@@ -1,8 +1,8 @@
 """Ask a dataset's official site, by torchvision's own class; runs as a process of its own (see `sources.Official`).
 
 `python -m casemate.data.official '{"name": "MNIST", "base_url": null, "overrides": {}}'` leaves the files in the
-current folder: unpacked idx files for the MNIST family, plain .npy arrays for CIFAR (whose official files are
-pickles, read by torchvision after its md5 check).
+current folder: unpacked idx files for the MNIST family, plain .npy arrays for CIFAR-10 (whose official files are
+pickles, read by torchvision after its md5 check), and the files themselves for all others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 CONNECT = 10.0  # seconds
+SPLITS = {"SVHN": ("train", "test"), "STL10": ("train",)}
+"""Of the classes that fetch by split; STL-10's archive holds them all."""
 
 
 def download(job: Mapping[str, Any], folder: Path) -> None:
@@ -25,15 +27,24 @@ def download(job: Mapping[str, Any], folder: Path) -> None:
     import torchvision
 
     socket.setdefaulttimeout(CONNECT)
+    base = job["base_url"] and job["base_url"].rstrip("/") + "/"
+    if job.get("url"):
+        torchvision.datasets.utils.download_url((base or job["url"]) + job["name"], folder, md5=job["md5"])
+        return
     attributes = dict(job["overrides"])
-    base = job["base_url"]
     original = getattr(torchvision.datasets, job["name"])
-    if base:
-        base = base.rstrip("/") + "/"
+    if base and hasattr(original, "split_list"):
+        asked = attributes.get("split_list", original.split_list)
+        attributes["split_list"] = {split: [base + file, file, md5] for split, (_, file, md5) in asked.items()}
+    elif base:
         attributes |= {"mirrors": [base]} if hasattr(original, "mirrors") else {"url": base + original.filename}
     dataset = type(job["name"], (original,), attributes)  # the name is part of torchvision's path
+    if job["name"] in SPLITS:
+        for split in SPLITS[job["name"]]:
+            dataset(folder, split=split, download=True)
+        return
     train = dataset(folder, train=True, download=True)
-    if hasattr(original, "mirrors"):
+    if job["name"] != "CIFAR10":
         return
     test = dataset(folder, train=False)
     for split, part in (("train", train), ("test", test)):

@@ -123,6 +123,39 @@ class Apt(Mirror):
 
 
 @dataclass(frozen=True)
+class Git(Source):
+    """A folder of a public repository at one commit, by `git fetch`; nothing of it is checked out or run."""
+
+    repository: str
+    commit: str
+    folder: str
+    members: str
+    """Regular expression of the files to unpack."""
+    size: int
+    unpacked: int
+    host: str = "https://github.com/"
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        return f"git {self.repository} {self.commit[:7]}"
+
+    def get(self, work: Path) -> Path:
+        git = shutil.which("git")
+        if git is None:
+            raise SourceFailed("git is not installed")
+        bare = [git, "--git-dir", str(work / "bare")]
+        fetch = [*bare, "fetch", "-q", "--depth=1", f"{self.host}{self.repository}", self.commit]
+        for command in ([*bare, "init", "-q"], fetch):
+            bounded(command, work, label=self.label, size=self.size, stall=60.0)
+        folder = work / "unpacked"
+        folder.mkdir()
+        with subprocess.Popen([*bare, "archive", self.commit, self.folder], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            unpack_tar(process.stdout, folder, self.members, limit=self.unpacked)
+        return folder
+
+
+@dataclass(frozen=True)
 class Local(Source):
     """The folder CASEMATE_DATA names, or an archive of one of the mirrors in it."""
 
@@ -148,23 +181,28 @@ class Official(Source):
     """The dataset's own site, asked by torchvision's class of that name in a process of its own.
 
     A process can be given up on: it is stopped when no byte has come for `stall` seconds. torchvision checks its
-    md5 sums before it unpacks anything; `overrides` replaces attributes of the class.
+    md5 sums before it unpacks anything; `overrides` replaces attributes of the class. Where torchvision has no class,
+    `name` is a file, `url` the address it is under and `md5` its checksum.
     """
 
     name: str
     size: int
     overrides: Mapping[str, Any] = field(default_factory=dict)
     stall: float = 20.0
+    url: str = ""
+    md5: str = ""
 
     @property
     def label(self) -> str:  # type: ignore[override]
-        return f"official source (torchvision {self.name})"
+        return f"official source ({self.name if self.url else f'torchvision {self.name}'})"
 
     def get(self, work: Path) -> Path:
         job = {
             "name": self.name,
             "base_url": os.environ.get(OFFICIAL_VARIABLE),
             "overrides": dict(self.overrides),
+            "url": self.url,
+            "md5": self.md5,
         }
         command = [sys.executable, "-P", "-m", "casemate.data.official", json.dumps(job)]
         bounded(command, work, label=self.label, size=self.size, stall=self.stall)
