@@ -1,0 +1,70 @@
+"""Generator and critic of one scale of SinGAN (Shaham et al. 2019): what the internal Wasserstein distance trains.
+
+Both are five 3x3 convolutions without padding, so what they say of a place depends on 11 x 11 pixels. Values are
+SinGAN's own, about [-1, 1]; the mapping from [0, 1] is the method's business.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from casemate.errors import UserError
+
+DEPTH = 5
+PATCH = 2 * DEPTH + 1
+"""Side of the patches that a critic compares: its receptive field."""
+
+
+def width_at(scale: int, *, narrowest: int = 32, widest: int = 128) -> int:
+    """Filters at a scale, 0 being the coarsest: doubled every four scales. Inside a network the width is constant:
+    the halving of the published code is floored at this very number."""
+    doubled: int = narrowest * 2 ** (scale // 4)
+    return min(doubled, widest)
+
+
+class PatchGenerator(nn.Module):
+    """previous + tanh(convs(noisy)): a residual on the image of the coarser scale, scaled up (both N x C x H x W).
+
+    `noisy` is the noise of this scale added to `previous`; both are padded by five zeros there, which leaves the
+    second as it is after the crop. 29,763 parameters for 3 channels and width 32.
+    """
+
+    def __init__(self, channels: int, *, width: int = 32) -> None:
+        super().__init__()
+        self.body = _body(channels, channels, width)
+
+    def forward(self, noisy: Tensor, previous: Tensor) -> Tensor:
+        padded = F.pad(noisy, (DEPTH, DEPTH, DEPTH, DEPTH))
+        residual: Tensor = self.body(padded).tanh()
+        return previous + residual
+
+
+class PatchCritic(nn.Module):
+    """Scores of all patches (N x 1 x (H - 10) x (W - 10)), no activation; a critic's value is their mean.
+
+    29,185 parameters for 3 channels and width 32. Raises UserError for images smaller than one patch.
+    """
+
+    def __init__(self, channels: int, *, width: int = 32) -> None:
+        super().__init__()
+        self.body = _body(channels, 1, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) < PATCH:
+            raise UserError(f"a patch critic needs images of {PATCH}x{PATCH} or more, not {x.shape[2]}x{x.shape[3]}")
+        scores: Tensor = self.body(x)
+        return scores
+
+
+def _body(channels_in: int, channels_out: int, width: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for wide in (channels_in, *[width] * (DEPTH - 2)):
+        layers += [nn.Conv2d(wide, width, 3), nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
+    body = nn.Sequential(*layers, nn.Conv2d(width, channels_out, 3))
+    for module in body:
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+    return body
