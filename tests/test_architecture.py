@@ -73,10 +73,14 @@ def test_light_modules_import_neither_torch_nor_mlflow(module: str) -> None:
 
 @pytest.mark.parametrize(("kind", "name"), [(k, n) for k in registry.TABLES for n in registry.names(k)])
 def test_every_registered_class_reads_as_it_runs(kind: str, name: str) -> None:
-    """The schema read from the source has the fields of the class itself, and the class is documented."""
+    """The schema read from the source has the fields and defaults of the class itself, which is documented."""
     cls = registry.resolve(kind, name)
     read = registry.schema(kind, name).model_fields
-    assert set(read) == {f.name for f in dataclasses.fields(cls)}
+    defaults = {
+        f.name: ... if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING else f.default
+        for f in dataclasses.fields(cls)
+    }
+    assert {key: ... if field.is_required() else field.default for key, field in read.items()} == defaults
     assert (cls.__doc__ or "").strip()
     if kind == "defense":
         assert registry.source_file(kind, name).stem == name  # dvc.yaml finds a method's file by its name

@@ -169,7 +169,7 @@ def _fields(module: str, attribute: str) -> dict[str, tuple[Any, Any]]:
     if found is None:
         raise LookupError(f"{module} has no class {attribute}")
     fields: dict[str, tuple[Any, Any]] = {}
-    for base in found.bases:
+    for base in reversed(found.bases):  # the first base has the last word, as in Python
         origin = _origin(tree, module, base)
         if origin is not None:
             fields.update(_fields(*origin))

@@ -25,8 +25,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "threat",
         "seeding",
         "attacks/ascent",
-        "defenses/base",
-        "defenses/crafting",
+        "attacks/learned",
+        "attacks/distributions",
+        "defenses",
     ),
     "evaluation": (
         "evaluation",
