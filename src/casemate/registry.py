@@ -86,6 +86,9 @@ TABLES: dict[str, dict[str, str]] = {
         "at_pgd": "casemate.defenses.at_pgd:ATPGD",
         "trades": "casemate.defenses.trades:TRADES",
         "atld": "casemate.defenses.atld:ATLD",
+        "adt_exp": "casemate.defenses.adt_exp:ADTEXP",
+        "adt_exp_am": "casemate.defenses.adt_exp_am:ADTEXPAM",
+        "adt_imp_am": "casemate.defenses.adt_imp_am:ADTIMPAM",
     },
     "learned_attack": {
         "gap": "casemate.attacks.gap:GAPTrainer",
