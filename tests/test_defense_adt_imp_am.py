@@ -66,7 +66,7 @@ def gradients(defense: ADTIMPAM) -> tuple[Bench, dict[str, list[Tensor]], float]
     wanted = {"classifier": down}
     for name, module in (("generator", g), ("encoder", e)):
         wanted[name] = list(torch.autograd.grad(adversary, list(module.parameters()), retain_graph=True))
-    return bench, wanted, float(surprisal)
+    return bench, wanted, surprisal.item()
 
 
 @pytest.mark.parametrize("loss", ["ce", "trades"])

@@ -89,6 +89,9 @@ TABLES: dict[str, dict[str, str]] = {
         "adt_exp": "casemate.defenses.adt_exp:ADTEXP",
         "adt_exp_am": "casemate.defenses.adt_exp_am:ADTEXPAM",
         "adt_imp_am": "casemate.defenses.adt_imp_am:ADTIMPAM",
+        "l2l": "casemate.defenses.l2l:L2L",
+        "l2l_star": "casemate.defenses.l2l_star:L2LStar",
+        "l2l_da": "casemate.defenses.l2l_da:L2LDA",
     },
     "learned_attack": {
         "gap": "casemate.attacks.gap:GAPTrainer",

@@ -14,8 +14,8 @@ from casemate.fields import Unit, spec
 from casemate.threat import Norm, ThreatModel
 from casemate.trainable import Context, Task
 
-NARROWEST = 1e-9
-"""Smallest radius: a density needs a ball to live in, and adding this to a pixel does not change it in float32."""
+NARROWEST = 1e-12
+"""Smallest radius: a density needs a ball to live in. Added to a grey level above 0 it is rounded away in float32."""
 
 
 @spec
