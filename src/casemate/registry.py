@@ -93,6 +93,7 @@ TABLES: dict[str, dict[str, str]] = {
         "l2l_star": "casemate.defenses.l2l_star:L2LStar",
         "l2l_da": "casemate.defenses.l2l_da:L2LDA",
         "feature_scattering": "casemate.defenses.feature_scattering:FeatureScattering",
+        "rse": "casemate.defenses.rse:RSE",
     },
     "learned_attack": {
         "gap": "casemate.attacks.gap:GAPTrainer",
