@@ -92,6 +92,7 @@ TABLES: dict[str, dict[str, str]] = {
         "l2l": "casemate.defenses.l2l:L2L",
         "l2l_star": "casemate.defenses.l2l_star:L2LStar",
         "l2l_da": "casemate.defenses.l2l_da:L2LDA",
+        "bilateral": "casemate.defenses.bilateral:Bilateral",
         "feature_scattering": "casemate.defenses.feature_scattering:FeatureScattering",
         "rse": "casemate.defenses.rse:RSE",
     },
