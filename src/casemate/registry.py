@@ -95,6 +95,7 @@ TABLES: dict[str, dict[str, str]] = {
         "bilateral": "casemate.defenses.bilateral:Bilateral",
         "feature_scattering": "casemate.defenses.feature_scattering:FeatureScattering",
         "rse": "casemate.defenses.rse:RSE",
+        "tla": "casemate.defenses.tla:TLA",
     },
     "learned_attack": {
         "gap": "casemate.attacks.gap:GAPTrainer",
