@@ -62,9 +62,9 @@ class Bench:
     ctx: Context = field(init=False)
 
     def __post_init__(self) -> None:
-        def player(parameters: Any, **changes: Any) -> Player:
+        def player(parameters: Any, *, lr_scale: float = 1.0, **changes: Any) -> Player:
             kept = list(parameters)
-            return Player(kept, self.optimizer(kept, **{"lr": self.lr, **changes}))  # type: ignore[call-arg]
+            return Player(kept, self.optimizer(kept, **{"lr": self.lr * lr_scale, **changes}))  # type: ignore[call-arg]
 
         made = self.network()
         assert isinstance(made, Classifier)
