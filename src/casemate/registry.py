@@ -94,6 +94,7 @@ TABLES: dict[str, dict[str, str]] = {
         "l2l_da": "casemate.defenses.l2l_da:L2LDA",
         "bilateral": "casemate.defenses.bilateral:Bilateral",
         "feature_scattering": "casemate.defenses.feature_scattering:FeatureScattering",
+        "lat": "casemate.defenses.lat:LAT",
         "rse": "casemate.defenses.rse:RSE",
         "tla": "casemate.defenses.tla:TLA",
     },
