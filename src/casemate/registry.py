@@ -43,6 +43,8 @@ TABLES: dict[str, dict[str, str]] = {
         "stl10_cnn": "casemate.networks.stl10_cnn:STL10CNN",
         "wrn": "casemate.networks.wrn:WideResNet",
         "madry_wrn": "casemate.networks.madry_wrn:MadryWRN",
+        "er_conv": "casemate.networks.encoders:ERConv",
+        "er_vgg": "casemate.networks.encoders:ERVGG",
     },
     "attack": {
         "fgsm": "casemate.attacks.gradient:FGSM",
