@@ -99,6 +99,10 @@ TABLES: dict[str, dict[str, str]] = {
         "lat": "casemate.defenses.lat:LAT",
         "rse": "casemate.defenses.rse:RSE",
         "tla": "casemate.defenses.tla:TLA",
+        "er": "casemate.defenses.er:ER",
+        "er_trades": "casemate.defenses.er_trades:ERTrades",
+        "e_cla": "casemate.defenses.e_cla:ECLA",
+        "vae_cla": "casemate.defenses.vae_cla:VAECLA",
     },
     "learned_attack": {
         "gap": "casemate.attacks.gap:GAPTrainer",

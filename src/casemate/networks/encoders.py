@@ -41,7 +41,7 @@ class ERConv(NetworkSpec):
     code: Count = 4
     hidden: tuple[Count, Count] = (500, 256)
     closing: Literal["strided", "whole"] = "strided"
-    """How the last pixels go: by strided convolutions too, or, from 3 on, by one unpadded one that keeps the width."""
+    """How the last pixels go: by strided convolutions too, or, from 3 on, by one unpadded one of the same width."""
 
     def build(self, input_shape: Shape, num_classes: int, normalise: Normalise | None = None) -> Classifier:
         channels, side = input_shape[0], input_shape[1]

@@ -16,7 +16,7 @@ FIRST = 4
 
 
 class ImageGenerator(nn.Module):
-    """N x latent -> images N x C x H x W in [0, 1]: 4 x 4 maps by a linear layer, three 5x5 deconvolutions of stride 2.
+    """N x latent -> images N x C x H x W in [0, 1]: 4 x 4 maps by a linear layer, then three 5x5 deconvolutions.
 
     Where 8 x 8 maps are more than a quarter of the image needs they are cropped (7 x 7 for 28 x 28). 1,554,177
     parameters for 1 x 28 x 28 images, latent 128 and width 64. Raises UserError unless the images are square, their
