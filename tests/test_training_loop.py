@@ -224,6 +224,34 @@ def test_early_stop_ends_the_run_with_a_validation() -> None:
     assert seen[0] == {k: trained.curves[-1][k] for k in ("val_clean", "val_robust")}
 
 
+@pytest.mark.parametrize(("stop_at", "chosen"), [(3, 2), (None, 5)])
+def test_a_run_that_is_stopped_falls_back_on_the_weights_last_kept(
+    stop_at: int | None, chosen: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the moving average, since that is the result; a run that is not stopped ends with its last weights."""
+    made = recipe(epochs=5, ema=0.5)
+
+    def mark(ctx: Context, validate: Callable[[], dict[str, float]]) -> None:
+        ctx.keep = ctx.epoch in (0, 1)
+        ctx.stop = ctx.epoch == stop_at
+        if ctx.stop:
+            ctx.note("stopped by the test")
+
+    trained = run(Watching(at_epoch_end=mark), made)
+    assert ("stopped by the test" in capsys.readouterr().err) == (stop_at is not None)
+    assert trained.chosen_epoch == chosen and trained.epochs == (5 if stop_at is None else 4)
+    assert same(weights(trained), weights(run(Plain(), recipe(epochs=chosen, ema=0.5))))
+
+
+def test_the_best_epoch_goes_before_the_one_kept() -> None:
+    def mark(ctx: Context, validate: Callable[[], dict[str, float]]) -> None:
+        ctx.keep, ctx.stop = True, ctx.epoch == 4
+
+    trained = run(Watching(at_epoch_end=mark), recipe(epochs=9, lr=2.0, select="best"), val_data=data(30, 1))
+    scores = [row["val_robust"] for row in trained.curves]
+    assert trained.chosen_epoch == scores.index(max(scores)) + 1 < 5
+
+
 def test_logs_are_means_over_the_steps_and_reach_the_recorder() -> None:
     losses: list[float] = []
 

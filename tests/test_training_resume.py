@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from training_toys import Noisy, Plain, batch_norm_net, data, recipe, run, same, weights
 
 from casemate.errors import UserError
+from casemate.fields import spec
+from casemate.trainable import Context
 from casemate.training.checkpoint import Checkpoints, identity_hash
 from casemate.training.recorder import ListRecorder
 
@@ -75,7 +78,7 @@ def half_done(folder: Path, **changes: Any) -> Path:
 
     arguments = {"made": recipe(epochs=3), **changes}
     with pytest.raises(Died):
-        run(Plain(), arguments.pop("made"), checkpoints=folder, save=die, **arguments)
+        run(arguments.pop("method", Plain()), arguments.pop("made"), checkpoints=folder, save=die, **arguments)
     (found,) = folder.iterdir()
     return found
 
@@ -212,3 +215,18 @@ def test_checkpoints_hold_no_pickle(tmp_path: Path) -> None:
     ]  # fmt: skip
     header = (folder / "a.safetensors").read_bytes()[8:40]
     assert header.startswith(b"{")
+
+
+@spec
+class Marking(Plain):
+    """Marks its first epoch and ends after its third."""
+
+    def epoch_end(self, ctx: Context, validate: Callable[[], dict[str, float]]) -> None:
+        ctx.keep, ctx.stop = ctx.epoch == 0, ctx.epoch == 2
+
+
+def test_the_epoch_a_method_kept_is_part_of_a_checkpoint(tmp_path: Path) -> None:
+    half_done(tmp_path, method=Marking(), made=recipe(epochs=5))
+    resumed = run(Marking(), recipe(epochs=5), checkpoints=tmp_path)
+    assert (resumed.steps, resumed.chosen_epoch) == (12, 1)
+    assert same(weights(resumed), weights(run(Plain(), recipe(epochs=1))))

@@ -66,6 +66,10 @@ class Task:
     victim_system: Any = None
 
 
+def _to_nobody(text: str) -> None:
+    pass
+
+
 def _no_draw(n: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     raise RuntimeError("no training data to draw from")
 
@@ -91,6 +95,11 @@ class Context:
     logs: dict[str, Tensor] = field(default_factory=dict)
     stop: bool = False
     """Set in `epoch_end` to end training early."""
+    keep: bool = False
+    """Set in `epoch_end`: weights to fall back on. A run that `stop` ends gives those last kept, if any (or the best,
+    where the recipe selects it); the loop takes the mark back for the next epoch."""
+    note: Callable[[str], None] = _to_nobody
+    """Say one line to whoever watches the run."""
     victim: nn.Module | None = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     """`with ctx.autocast():` is for crafting in the precision of the run; the loop does it for `Update.loss`."""

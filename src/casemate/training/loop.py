@@ -167,6 +167,7 @@ class _Run:
         if found is not None:
             self._restore(*found)
         self.display = display(progress, self.steps, self.steps / self.per_epoch, self.step)
+        self.context.note = self.display.note
         try:
             if self.step:
                 self.display.note(f"resumed after step {self.step} of {self.steps}")
@@ -245,7 +246,7 @@ class _Run:
         self.updates.reset()
         self.logs.reset()
         self.curves.append(row)
-        self._keep_best(row)
+        self._keep(row)
         self.epoch, self.batch = self.epoch + 1, 0
         self.recorder.metrics(row, step=self.epoch)
         self.display.epoch(self.step, row)
@@ -257,20 +258,24 @@ class _Run:
             between=lambda: None if self.interruption.requested is None else self._interrupted(),
         )  # fmt: skip
 
-    def _keep_best(self, row: dict[str, float]) -> None:
-        if self.recipe.select == "best" and row.get("val_robust", -1.0) > self.best_score:
-            self.best_score, self.best_epoch = row["val_robust"], row["epoch"]
+    def _keep(self, row: dict[str, float]) -> None:
+        """Hold on to the best epoch's weights, or else to those that the method wants kept."""
+        score = row.get("val_robust", -1.0)
+        if score > self.best_score if self.recipe.select == "best" else self.context.keep:
+            self.best_score, self.best_epoch = score, row["epoch"]
             self.best = {key: tensor.detach().clone() for key, tensor in named_tensors(self._weights()).items()}
+        self.context.keep = False
 
     def _result(self) -> Trained:
         self.updates.clear()
         modules = self._weights()
-        if self.best:
-            copy_into(modules, self.best, "the best epoch")
+        earlier = bool(self.best) and (self.recipe.select == "best" or self.context.stop)
+        if earlier:
+            copy_into(modules, self.best, "an earlier epoch")
         for module in modules.values():
             module.eval()
         done = self.step / self.per_epoch
-        return Trained(modules, self.curves, done, self.step, self.best_epoch if self.best else done, self.precision)
+        return Trained(modules, self.curves, done, self.step, self.best_epoch if earlier else done, self.precision)
 
     def _weights(self) -> dict[str, nn.Module]:
         """The modules whose weights are the result so far."""
