@@ -48,7 +48,7 @@ def fit(params: Params, row: str, name: str, generator: Generator, data: Trainin
         raise UserError(f"finetune: {row} offers no gradients to fit {name} with; take it out of finetune.generators")
     recipe = generator.recipe.scaled(params.budget)
     method = resolve("learned_attack", generator.method)(**generator.options)
-    task = task_of(params, data, recipe, victim=victim.classifier, victim_system=victim)
+    task = task_of(params, data, recipe, params.network, victim=victim.classifier, victim_system=victim)
     code = code_hash(location("learned_attack", generator.method)[0])
     card: dict[str, Any] = {
         "attack": {"method": generator.method, "options": asdict(method)}, 

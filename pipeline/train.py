@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.common import STATE, device_of, recording, row_of, stage, write_json, write_text
 
 if TYPE_CHECKING:
-    from casemate.params import Method, Params
+    from casemate.params import Method, Network, Params
     from casemate.trainable import Task
     from casemate.training.loop import Trained
     from casemate.training.recipe import Recipe
@@ -36,7 +36,8 @@ def train_row(params: Params, row: str, stage_name: str, start: str | None = Non
     device, method = device_of(params), params.rows[row]
     data = training_data(params, device)
     recipe = method.recipe.scaled(params.budget)
-    task = task_of(params, data, recipe)
+    network = method.network or params.network
+    task = task_of(params, data, recipe, network)
     begun: dict[str, Any] = {}
     if start is not None:
         task, begun = with_classifier(task, params.models_dir / "trained" / start)
@@ -46,8 +47,8 @@ def train_row(params: Params, row: str, stage_name: str, start: str | None = Non
 
         def save(done: Trained) -> None:
             card = make_card(
-                **data.facts(), network=params.network.name, network_options=params.network.options,
-                normalise=data.statistics(params), defense=method.method, defense_options=method.options,
+                **data.facts(), network=network.name, network_options=network.options,
+                normalise=data.statistics(network), defense=method.method, defense_options=method.options,
                 recipe=recipe, threat=task.threat, seed=params.seed, budget=params.budget, trained=done,
             )  # fmt: skip
             save_artifact(out, done.modules, {**card, **begun})
@@ -76,7 +77,8 @@ def identity(params: Params, data: TrainingSet, method: Method) -> dict[str, Any
     rooms = versions()
     return {
         "data": data.facts(), "train_size": params.train_size, "validation": params.validation,
-        "network": params.network.model_dump(), "code": code_hash(location("defense", method.method)[0]),
+        "network": (method.network or params.network).model_dump(),
+        "code": code_hash(location("defense", method.method)[0]),
         "rooms": {room: rooms[room] for room in ("data", "networks", "training")},
     }  # fmt: skip
 
@@ -104,22 +106,22 @@ class TrainingSet:
             "classes": list(self.dataset.classes), "input_shape": self.dataset.input_shape,
         }  # fmt: skip
 
-    def statistics(self, params: Params) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Mean and standard deviation for the network's first layer, if the profile asks for it."""
-        return (self.dataset.mean, self.dataset.std) if params.network.normalise else None
+    def statistics(self, network: Network) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation for the network's first layer, if it asks for one."""
+        return (self.dataset.mean, self.dataset.std) if network.normalise else None
 
 
 def training_data(params: Params, device: str) -> TrainingSet:
     return TrainingSet(params, device)
 
 
-def task_of(params: Params, data: TrainingSet, recipe: Recipe, **victim: Any) -> Task:
+def task_of(params: Params, data: TrainingSet, recipe: Recipe, network: Network, **victim: Any) -> Task:
     """What a method is given to build itself."""
     from casemate.networks.base import Normalise, build_network
     from casemate.threat import ThreatModel
     from casemate.trainable import Task
 
-    dataset, network, statistics = data.dataset, params.network, data.statistics(params)
+    dataset, statistics = data.dataset, data.statistics(network)
 
     def fresh() -> Any:
         return build_network(

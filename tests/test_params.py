@@ -105,6 +105,13 @@ def test_tuned_rows_and_victims_must_exist(path: str, value: Any, expected: str)
         check_params(put(path, value))
 
 
+def test_a_row_may_have_a_network_of_its_own() -> None:
+    params = check_params(put("defenses.at_pgd.network", {"name": "small_cnn", "options": {}}))
+    assert params.rows["at_pgd"].network is not None and params.rows["trades"].network is None
+    with pytest.raises(UserError, match=r"defenses.at_pgd.network: unknown network 'small'"):
+        check_params(put("defenses.at_pgd.network", {"name": "small"}))
+
+
 def test_broken_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_params(tmp_path / "params.yaml")

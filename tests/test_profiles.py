@@ -70,4 +70,6 @@ def test_the_short_cifar10_profile_differs_in_network_and_length_only() -> None:
     long, short = profile.resolved("cifar10"), profile.resolved("cifar10_preact")
     assert short["network"] == {"name": "preact_resnet18", "options": {}, "normalise": True}
     assert {k for k in long if long[k] != short[k]} == {"profile", "network", "pretrain", "defenses"}
-    assert all(short["defenses"][r]["recipe"]["epochs"] < long["defenses"][r]["recipe"]["epochs"] for r in long["defenses"])
+    assert all(
+        short["defenses"][r]["recipe"]["epochs"] < long["defenses"][r]["recipe"]["epochs"] for r in long["defenses"]
+    )

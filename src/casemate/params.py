@@ -48,6 +48,8 @@ class Method(Section):
 
     method: Text
     options: dict[str, Any] = {}
+    network: Network | None = None
+    """Another network than the profile's."""
     recipe: Recipe
 
     @model_validator(mode="after")
