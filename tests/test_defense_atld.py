@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -25,10 +26,11 @@ from torch import nn
 from casemate.defenses.atld import ATLD, pairing_weight, smoothed
 from casemate.errors import UserError
 from casemate.networks.base import Classifier
+from casemate.networks.critics import read_codes
 from casemate.purification.imt import IMT
 from casemate.seeding import generator
 from casemate.system import TorchSystem
-from casemate.threat import ThreatModel
+from casemate.threat import ThreatModel, untargeted
 
 
 def small(**options: Any) -> ATLD:
@@ -68,9 +70,11 @@ def test_running_statistics() -> None:
     torch.testing.assert_close(norm.running_mean, 0.1 * conv(f.inputs[-1]).detach().mean((0, 2, 3)))
 
 
+@pytest.mark.parametrize("latent", ["logits", "penultimate"])
 @pytest.mark.parametrize("align", ["mse", "gan", "none"])
-def test_each_update_moves_its_player_only(align: Any) -> None:
-    bench, (x, y) = Bench(small(align=align)), batch()
+def test_each_update_moves_its_player_only(align: Any, latent: Any) -> None:
+    form = "conv1x1" if latent == "logits" else "conv3x3"
+    bench, (x, y) = Bench(small(align=align, latent=latent, critic_form=form)), batch()
     critic = bench.modules["critic"]
     seen = []
     stepping = bench.updates(x, y)
@@ -121,6 +125,43 @@ def test_the_adversary_takes_the_step_of_the_paper() -> None:
         bench.step(x, y)
     assert torch.equal(passes.inputs[1], start.detach())
     torch.testing.assert_close(passes.inputs[-1], expected)
+
+
+@pytest.mark.parametrize("latent", ["logits", "penultimate"])
+def test_the_adversary_moves_to_where_the_critic_is_surer(latent: Any) -> None:
+    """A short step: D, with the statistics of its batch, finds the images less clean than where they started."""
+    form = "conv1x1" if latent == "logits" else "conv3x3"
+    bench, (x, y) = Bench(small(latent=latent, critic_form=form), threat=ThreatModel("linf", 0.003)), batch()
+    f, d = copy.deepcopy(bench.f).eval(), copy.deepcopy(bench.modules["critic"]).train()
+    with Probe(bench.f.body["conv"]) as passes:
+        bench.step(x, y)
+    start, x_adv = (read_codes(f, at, latent)[1] for at in passes.inputs[1:])
+    assert F.softplus(d(x_adv)[0]).mean().item() < F.softplus(d(start)[0]).mean().item()
+
+
+def test_the_classifier_goes_the_other_way_with_the_gan_alignment() -> None:
+    """The same D, opposite signs: its adversary made the codes look adversarial, f makes them look clean again."""
+    scores = {}
+    for align in ("none", "gan"):
+        bench, (x, y) = Bench(small(align=align), lr=0.01), batch()
+        d = copy.deepcopy(bench.modules["critic"]).train()
+        with Probe(bench.f) as passes:
+            next(bench.updates(x, y))
+        scores[align] = d(bench.f.train()(passes.inputs[-1]))[0].sigmoid().mean().item()
+    assert scores["gan"] > scores["none"]
+
+
+def test_the_critic_may_meet_the_clean_codes_while_crafting() -> None:
+    """As the code does: the same images, one more clean batch in D's running statistics."""
+    seen: dict[bool, Any] = {}
+    for meets in (False, True):
+        bench, (x, y) = Bench(small(critic_meets_clean=meets)), batch()
+        with Probe(bench.f) as f, Probe(bench.modules["critic"]) as d:
+            bench.step(x, y)
+        seen[meets] = (f.inputs, d.inputs, f.backwards, tracked(bench.modules["critic"]), d.backwards)
+    assert all(torch.equal(a, b) for a, b in zip(seen[False][0], seen[True][0], strict=True))
+    assert torch.equal(seen[True][1][0], seen[True][1][2]), "the clean codes come first"
+    assert (seen[False][2:], seen[True][2:]) == ((4, 5, 5), (4, 6, 5))
 
 
 @pytest.mark.parametrize("latent", ["logits", "penultimate"])
@@ -273,6 +314,32 @@ def test_the_three_modes() -> None:
         purified = made["imt"].purification
         assert purified is not None and torch.equal(made["imt"].logits(x), bench.f(purified(x)))
     assert len({system.hash() for system in made.values()}) == 3
+
+
+def test_the_limited_form_may_follow_the_section_on_the_method() -> None:
+    """Half a step while the chance of "adversarial", one minus the score, is below the threshold."""
+    bench = Bench(small(imt_rule="threshold", imt_threshold=0.3))
+    imt = systems(bench)["limited"].purification
+    assert isinstance(imt, IMT)
+    chances = torch.tensor([0.0, 0.29, 0.31, 0.5, 1.0])
+    scores = torch.logit((1 - chances).double()).clamp(-800, 800)
+    assert imt.strength(scores).tolist() == [0.5, 0.5, 1, 1, 1]
+    assert imt.strength(torch.tensor([30.0, 200.0])).tolist() == [0.5, 0.5], "a score that rounds to 1"
+    full = systems(bench)["imt"].purification
+    assert isinstance(full, IMT) and full.strength(scores).tolist() == [1.0] * 5
+    hashes = {
+        systems(Bench(small(imt_rule=rule, imt_threshold=edge)))["limited"].hash()
+        for rule, edge in (("interval", 0.3), ("interval", 0.5), ("threshold", 0.3), ("threshold", 0.5))
+    }
+    assert len(hashes) == 3, "the threshold counts where it is the rule"
+
+
+def test_the_other_limited_form_is_attacked_like_the_usual_one() -> None:
+    bench, (x, y) = Bench(small(imt_rule="threshold")), batch()
+    system = systems(bench)["limited"]
+    attack = system.adaptive_attacks()["mask_control"]
+    assert bool(LINF.contains(attack(system, x, untargeted(y), LINF).x_adv, x).all())
+    assert json.loads(json.dumps(system.purification.spec))["band"] == [0.5, 2.0]  # type: ignore[union-attr]
 
 
 def test_an_unknown_mode_is_named() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from casemate.defenses.base import Defense
 from casemate.defenses.crafting import AscentSchedule, crafting
 from casemate.errors import UserError
-from casemate.fields import Count, NonNegative, Positive, Unit, spec
+from casemate.fields import Count, Flag, NonNegative, Positive, Unit, spec
 from casemate.networks.base import Classifier, Shape
 from casemate.networks.critics import Critic, build_critic, read_codes
 from casemate.purification.imt import IMT
@@ -25,6 +25,7 @@ from casemate.threat import ThreatModel
 from casemate.trainable import Context, Player, Task, Update
 
 LARGEST, SMALLEST = 1e4, 1e-12  # of the pairing weight, and of the gradient it divides by
+BEYOND = 2.0  # above every score: one that is 1 in float32 is still inside the band
 
 
 @spec
@@ -54,14 +55,20 @@ class ATLD(AscentSchedule, Defense):
     critic_depth: Count = 28
     critic_width: Count = 5
     critic_updates: Count = 2
+    critic_meets_clean: Flag = False
+    """True passes the clean codes through D while crafting, too, as the code does. The images are the same; D's
+    running statistics, which inference uses, have one more clean batch in each step."""
     critic_lr: Positive = 0.001
     critic_momentum: Unit = 0.9
     critic_weight_decay: NonNegative = 0.0002
     imt_steps: Count = 1
     imt_step: Positive = 1.0
     """Share of the radius that each IMT step moves."""
+    imt_rule: Literal["interval", "threshold"] = "interval"
+    """When the limited form takes half a step: while the score is inside `imt_band`, as in the paper's experiments
+    and the code, or while the chance of "adversarial" is below `imt_threshold`, as in the section on the method."""
     imt_band: tuple[Unit, Unit] = (0.3, 0.7)
-    """Scores between which the limited form takes half a step."""
+    imt_threshold: Unit = 0.5
 
     def modules(self, task: Task) -> dict[str, nn.Module]:
         if task.threat.norm != "linf":
@@ -93,10 +100,16 @@ class ATLD(AscentSchedule, Defense):
             clean_logits, clean_codes = (out.float() for out in read_codes(f, x, self.latent))
         targets = smoothed(y, clean_logits.shape[1], self.smoothing)
 
-        # D's value on the clean codes is constant in x_adv, so the adversary is not made to compute it.
+        def adversity(at: Tensor) -> Tensor:
+            # D's value on the clean codes is constant in x_adv: only its running statistics can tell it was asked.
+            if self.critic_meets_clean:
+                with torch.no_grad():
+                    critic(clean_codes)
+            return -F.softplus(critic(read_codes(f, at, self.latent)[1])[0].float())
+
         start = ascent.threat.random_start(x, ctx.rng)
         with crafting(f), crafting(critic, bn="train_update"), ctx.autocast():
-            x_adv = ascent(lambda at: -F.softplus(critic(read_codes(f, at, self.latent)[1])[0].float()), x, start)
+            x_adv = ascent(adversity, x, start)
         x_adv.requires_grad_()
         adversarial_codes: list[Tensor] = []
 
@@ -133,6 +146,11 @@ class ATLD(AscentSchedule, Defense):
         pairing = F.mse_loss(logits, clean_logits)
         return pairing_weight(entropy, pairing, x_adv) / self.pairing_divisor * pairing
 
+    @property
+    def halved(self) -> tuple[float, float]:
+        """Scores of "clean" between which the limited form takes half a step, both ends left out."""
+        return self.imt_band if self.imt_rule == "interval" else (1 - self.imt_threshold, BEYOND)
+
     def system(
         self, modules: dict[str, nn.Module], mode: str, *, input_shape: Shape, num_classes: int, threat: ThreatModel
     ) -> System:
@@ -140,7 +158,7 @@ class ATLD(AscentSchedule, Defense):
         classifier = cast(Classifier, modules["classifier"])
         purification = IMT(
             classifier, cast(Critic, modules["critic"]), radius=threat.radius,
-            rule="full" if mode == "imt" else "interval", band=self.imt_band, steps=self.imt_steps,
+            rule="full" if mode == "imt" else "interval", band=self.halved, steps=self.imt_steps,
             step=self.imt_step, latent=self.latent,
         )  # fmt: skip
         return TorchSystem(
