@@ -6,6 +6,7 @@ codes and the perturbed ones. Training follows the authors' code (Haichao-Zhang/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import ClassVar, Literal, cast
 
@@ -119,8 +120,8 @@ def sinkhorn(cost: Tensor, regularisation: float, iterations: int, tolerance: fl
 
     for _ in range(iterations):
         before = u
-        u = u + regularisation * (-(log_plan().exp().sum(1) + UNDERFLOW).log() - cost.new_tensor(rows).log())
-        v = v + regularisation * (-(log_plan().exp().sum(0) + UNDERFLOW).log() - cost.new_tensor(columns).log())
+        u = u - regularisation * ((log_plan().exp().sum(1) + UNDERFLOW).log() + math.log(rows))
+        v = v - regularisation * ((log_plan().exp().sum(0) + UNDERFLOW).log() + math.log(columns))
         if float((u - before).detach().abs().sum()) < tolerance:
             break
     return log_plan().exp()
