@@ -95,6 +95,23 @@ def test_shared_code_has_been_looked_at(room_name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", registry.names("defense"))
+def test_what_a_defense_inherits_is_an_input_of_its_training(name: str) -> None:
+    """Its own file is one; the files of its bases must be in the training room (`versions.ROOMS`)."""
+    files = {registry.source_file("defense", name), *versions.members("training")}
+    bases = {base.__module__ for base in registry.resolve("defense", name).__mro__}
+    assert {
+        SRC.joinpath(*base.split(".")[1:]).with_suffix(".py") for base in bases if base[:9] == "casemate."
+    } <= files
+
+
+def test_a_registered_method_is_in_a_room_only_where_it_is_named() -> None:
+    inside = {str(path.relative_to(SRC)) for path in versions.members("training")}
+    assert {"defenses/crafting.py", "attacks/l2l.py", "training/loop.py"} <= inside
+    assert not {"defenses/atld.py", "attacks/gap.py", "training/__init__.py"} & inside
+    assert SRC / "templates" / "style.css" in versions.members("reporting")
+
+
 def test_a_comment_is_no_change_and_a_fix_is(tmp_path: Path) -> None:
     source = '"""Doc."""\n\ndef f(x):\n    """Doc."""\n    return x + 1\n'
     commented = '"""Another."""\n# why\ndef f(x):\n\n    return x + 1  # note\n'

@@ -27,7 +27,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "attacks/ascent",
         "attacks/learned",
         "attacks/distributions",
+        "attacks/explicit",
+        "attacks/amortised",
+        "attacks/l2l",
         "defenses",
+        "defenses/l2l_da",
     ),
     "evaluation": (
         "evaluation",
@@ -43,8 +47,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "deploy": ("deploy",),
     "reporting": ("reporting", "templates"),
 }
-"""Folders and modules of each room. Registered defenses and attacks are left out where their own file is the input,
-in `defenses/` and `attacks/`."""
+"""Folders and modules of each room. Registered defenses and attacks, whose own file is the input, are left out of
+folders; they are named where others build on them."""
 
 
 def versions() -> dict[str, int]:
@@ -52,24 +56,36 @@ def versions() -> dict[str, int]:
     return {room: int(entry["version"]) for room, entry in yaml.safe_load(FILE.read_text()).items()}
 
 
-def fingerprint(room: str) -> str:
-    """A hash over the code of a room."""
+def members(room: str) -> list[Path]:
+    """The files of a room, in order."""
     own = {target.partition(":")[0] for kind in ("defense", "attack") for target in TABLES[kind].values()}
     own = {module for module in own if module.startswith(("casemate.attacks.", "casemate.defenses."))}
-    digest = hashlib.sha256()
+    found: list[Path] = []
     for name in ROOMS[room]:
         path = SOURCE / name
-        files = sorted(path.rglob("*")) if path.is_dir() else [path.with_suffix(".py")]
-        for file in files:
-            if file.suffix in (".j2", ".css"):
-                digest.update(file.read_bytes())
-            if file.suffix != ".py":
-                continue
-            module = ".".join(("casemate", *file.relative_to(SOURCE).with_suffix("").parts))
-            if module.endswith(".__init__") or module in own or not file.exists():
-                continue
-            digest.update(f"{module} {code_hash(module)}\n".encode())
+        if not path.is_dir():
+            found += [file for file in [path.with_suffix(".py")] if file.exists()]
+            continue
+        for file in sorted(path.rglob("*")):
+            code = file.suffix == ".py" and file.stem != "__init__" and _module(file) not in own
+            if code or file.suffix in (".j2", ".css"):
+                found.append(file)
+    return found
+
+
+def fingerprint(room: str) -> str:
+    """A hash over the code of a room."""
+    digest = hashlib.sha256()
+    for file in members(room):
+        if file.suffix == ".py":
+            digest.update(f"{_module(file)} {code_hash(_module(file))}\n".encode())
+        else:
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _module(file: Path) -> str:
+    return ".".join(("casemate", *file.relative_to(SOURCE).with_suffix("").parts))
 
 
 def record(bump: tuple[str, ...] = ()) -> list[str]:
