@@ -104,6 +104,11 @@ TABLES: dict[str, dict[str, str]] = {
         "e_cla": "casemate.defenses.e_cla:ECLA",
         "vae_cla": "casemate.defenses.vae_cla:VAECLA",
     },
+    "detector": {
+        "er": "casemate.detectors.er:ERDetector",
+        "kd": "casemate.detectors.kd:KD",
+        "lid": "casemate.detectors.lid:LID",
+    },
     "learned_attack": {
         "gap": "casemate.attacks.gap:GAPTrainer",
         "advgan": "casemate.attacks.advgan:AdvGANTrainer",
@@ -118,7 +123,7 @@ SOURCE = Path(__file__).parent
 
 
 def names(kind: str) -> list[str]:
-    """The registered names of a kind (`attack`, `defense`, `network`, `dataset`), sorted."""
+    """The registered names of a kind (`attack`, `defense`, `detector`, `network`, `dataset`), sorted."""
     return sorted(TABLES[kind])
 
 

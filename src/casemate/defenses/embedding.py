@@ -92,7 +92,8 @@ class MatchedPrior(EncoderAndHead):
         def joint_loss() -> Tensor:
             named, aligned = entropy(codes), critic(torch.cat(codes)).float().mean()
             ctx.log(entropy=named, aligned=aligned)
-            return named + self.regulariser * aligned
+            total: Tensor = named + self.regulariser * aligned
+            return total
 
         yield Update(("critic",), critic_loss)
         yield Update(("encoder", "head"), joint_loss)
@@ -100,7 +101,7 @@ class MatchedPrior(EncoderAndHead):
 
 def apart(ctx: Context, critic: nn.Module, prior: Tensor, codes: Tensor) -> Tensor:
     """D's loss: mean D(prior) - mean D(codes), minus D's estimate of the distance between the two."""
-    loss = critic(prior).float().mean() - critic(codes).float().mean()
+    loss: Tensor = critic(prior).float().mean() - critic(codes).float().mean()
     ctx.log(critic_gap=-loss)
     return loss
 

@@ -76,7 +76,7 @@ class ER(AscentSchedule, MatchedPrior):
             return value
 
         def aligned(at: int) -> Tensor:
-            value = critic(classifier.features(images[at]).float()).float().mean()
+            value: Tensor = critic(classifier.features(images[at]).float()).float().mean()
             ctx.log(aligned=value)
             return self.regulariser * value
 
@@ -98,4 +98,5 @@ class ER(AscentSchedule, MatchedPrior):
                     y = classifier(x).argmax(1)
             goal = untargeted(y)
             start = ascent.threat.random_start(x, ctx.rng)
-            return ascent(lambda at: cross_entropy(classifier(at).float(), goal), x, start)
+            x_adv = ascent(lambda at: cross_entropy(classifier(at).float(), goal), x, start)
+        return x_adv

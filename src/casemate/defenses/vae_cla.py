@@ -42,7 +42,10 @@ class VAECLA(EncoderAndHead):
         mean = classifier.body[classifier.layers[-1]]
         if not isinstance(mean, nn.Linear):
             raise UserError("vae_cla needs a network whose code is the output of a linear layer: er_conv or er_vgg")
-        made = {"classifier": classifier, "log_variance": nn.Linear(mean.in_features, mean.out_features)}
+        made: dict[str, nn.Module] = {
+            "classifier": classifier,
+            "log_variance": nn.Linear(mean.in_features, mean.out_features),
+        }
         if self.decoder:
             made["decoder"] = ImageGenerator(task.input_shape, latent=mean.out_features, width=self.decoder_width)
         return made
@@ -57,8 +60,11 @@ class VAECLA(EncoderAndHead):
         classifier = cast(Classifier, ctx.modules["classifier"])
         require_batch(classifier, x)
         trunk, _ = classifier.split(classifier.layers[-2])
-        mean_of, log_variance_of = classifier.body[classifier.layers[-1]], ctx.modules["log_variance"]
-        noise = torch.randn(len(x), mean_of.out_features, generator=ctx.rng).to(x.device)  # type: ignore[arg-type]
+        mean_of, log_variance_of = (
+            classifier.body[classifier.layers[-1]],
+            cast(nn.Linear, ctx.modules["log_variance"]),
+        )
+        noise = torch.randn(len(x), log_variance_of.out_features, generator=ctx.rng).to(x.device)
 
         def loss() -> Tensor:
             hidden = trunk(x)
