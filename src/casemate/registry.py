@@ -70,6 +70,7 @@ TABLES: dict[str, dict[str, str]] = {
         "mask_control": "casemate.purification.imt_attacks:MaskControl",
         "published_atld": "casemate.purification.imt_attacks:PublishedATLD",
         "joint": "casemate.attacks.joint:Joint",
+        "manifold": "casemate.attacks.manifold:Manifold",
         "gap": "casemate.attacks.gap:GAP",
         "advgan": "casemate.attacks.advgan:AdvGAN",
         "exp": "casemate.attacks.explicit:EXP",
@@ -103,6 +104,7 @@ TABLES: dict[str, dict[str, str]] = {
         "er_trades": "casemate.defenses.er_trades:ERTrades",
         "e_cla": "casemate.defenses.e_cla:ECLA",
         "vae_cla": "casemate.defenses.vae_cla:VAECLA",
+        "defense_gan": "casemate.defenses.defense_gan:DefenseGAN",
     },
     "detector": {
         "er": "casemate.detectors.er:ERDetector",

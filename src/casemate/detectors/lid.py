@@ -40,7 +40,7 @@ class Dimensionality(Scorer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dimensionality:
         """To another device or type, where the activations are worked out anew."""
         self._cache = None
-        moved: Dimensionality = super()._apply(fn, recurse)
+        moved: Dimensionality = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return moved
 
     @property
