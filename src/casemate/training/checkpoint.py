@@ -24,6 +24,7 @@ from casemate.errors import UserError
 
 SCHEMA = 1
 SLOTS = ("a", "b")
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 Body = dict[str, Any]
 
 
@@ -61,11 +62,17 @@ class Checkpoints:
 
     def _take(self, path: Path) -> IO[str]:
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)
                 handle = open(path, "a+")  # noqa: SIM115
             except FileNotFoundError:  # the run that held it has just finished and removed the folder
                 continue
+            except OSError as error:
+                if error.errno not in UNWRITABLE:
+                    raise
+                raise UserError(
+                    f"cannot write checkpoints to {self.folder} ({error.strerror}): give a folder you may write to"
+                ) from None
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

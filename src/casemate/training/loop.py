@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from casemate.trainable import Context, Task, Trainable
 from casemate.training import precision
 from casemate.training.averages import LogMeans, WeightAverage
 from casemate.training.checkpoint import Checkpoints
+from casemate.training.compiled import compiled, first_lines, in_backward
 from casemate.training.inputs import Draw, TrainingData
 from casemate.training.progress import display
 from casemate.training.recipe import Recipe
@@ -174,11 +175,16 @@ class _Run:
             for number, row in enumerate(self.curves, 1):
                 self.recorder.metrics(row, step=number)
             self.checked = self.saved = time.monotonic()
-            while self.epoch * self.per_epoch < self.total and not self.context.stop:
-                self._epoch()
+            with compiled(self.modules, self.display.note) if self.recipe.compile else nullcontext():
+                while self.epoch * self.per_epoch < self.total and not self.context.stop:
+                    self._epoch()
             return self._result()
         except NotFinite as error:
             raise UserError(self._explain(error)) from None
+        except RuntimeError as error:
+            if not (self.recipe.compile and in_backward(error)):
+                raise
+            raise UserError(f"this method cannot be compiled: set compile: false ({first_lines(error)})") from error
         finally:
             self.display.close()
 

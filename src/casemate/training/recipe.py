@@ -53,6 +53,9 @@ class Recipe:
     """The data set's own random crop and flip."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: Flag = True
+    compile: Flag = False
+    """Compile the modules' forward and backward passes: for long runs on a GPU. What cannot be compiled runs as it
+    is, with a warning; a method that differentiates twice cannot be."""
     validate_every: Natural = 1
     """Epochs between measurements on the validation split, the last epoch always; 0 is only the last."""
     select: Literal["last", "best"] = "last"
