@@ -48,7 +48,8 @@ def train_everything(kind: str, **changes: Any) -> Any:
 def killed_at(step: int, kind: str, folder: Path) -> None:
     """Train in a process of its own that gets SIGKILL in the middle of that step."""
     environment = {**os.environ, "TOY_DIES_AT": str(step), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, sys.path)])  # this code, not an installed one
+    # this code, and not another copy that is installed
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, sys.path)])
     done = subprocess.run([sys.executable, "-c", CHILD, kind, str(folder)], env=environment, check=False)
     assert done.returncode == -signal.SIGKILL
 
