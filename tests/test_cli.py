@@ -105,7 +105,7 @@ def test_list_names_everything_without_torch() -> None:
     code = "import sys; from casemate.cli import app\ntry: app(['list'])\nexcept SystemExit as e: assert not e.code\n"
     code += "assert not {'torch', 'numpy', 'pyarrow'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for kind in ("attack", "defense", "network", "dataset"):
+    for kind in ("attack", "defense", "detector", "network", "dataset"):
         assert all(name in done.stdout for name in registry.names(kind))
 
 

@@ -30,7 +30,9 @@ app = typer.Typer(
     help="Train robust image classifiers, attack them as hard as anyone can, ship the survivors.",
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
 )  # fmt: skip
-KINDS = {"attacks": "attack", "defenses": "defense", "networks": "network", "datasets": "dataset"}
+KINDS = {
+    "attacks": "attack", "defenses": "defense", "detectors": "detector", "networks": "network", "datasets": "dataset",
+}  # fmt: skip
 NOT_ATTACKED = "no attack was run on this model: its clean accuracy says nothing of its robustness"
 BLACK_BOX = "the model offers no gradient: only black-box attacks were run, so the accuracy left is an upper bound"
 MASKED = "the masking gate failed: the gradients mislead the attacks, and the accuracy left is not robustness"
@@ -81,9 +83,9 @@ def options(
 
 @app.command("list")
 def list_(
-    kind: Annotated[str | None, typer.Argument(help="attacks, defenses, networks or datasets")] = None,
+    kind: Annotated[str | None, typer.Argument(help="attacks, defenses, detectors, networks or datasets")] = None,
 ) -> None:
-    """What exists: every registered attack, defense, network and dataset, in a line each."""
+    """What exists: every registered attack, defense, detector, network and dataset, in a line each."""
     from rich.console import Console
     from rich.table import Table
 
