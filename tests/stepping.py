@@ -90,7 +90,7 @@ class Bench:
             for name in update.players:
                 self.players[name].optimizer.zero_grad(set_to_none=True)
             loss = update.loss()
-            torch.autograd.backward(loss, inputs=parameters)
+            torch.autograd.backward(loss, inputs=[*parameters, *update.extra_leaves])
             for name in update.players:
                 self.players[name].optimizer.step()
             yield update.players, loss.item()
