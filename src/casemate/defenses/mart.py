@@ -45,7 +45,8 @@ class MART(AscentSchedule, Defense):
             missed = 1 - clean.exp().gather(1, y[:, None])[:, 0]
             boosted, weighted = boosted_cross_entropy(adversarial, y).mean(), (divergence * missed).mean()
             ctx.log(boosted=boosted, weighted=weighted)
-            return boosted + self.beta * weighted
+            total: Tensor = boosted + self.beta * weighted
+            return total
 
         yield Update(("classifier",), loss)
 
@@ -53,5 +54,4 @@ class MART(AscentSchedule, Defense):
 def boosted_cross_entropy(log_p: Tensor, y: Tensor) -> Tensor:
     """CE minus log(1.0001 - p of the strongest wrong class), per sample (N,), from log probabilities N x C."""
     wrong = log_p.exp().scatter(1, y[:, None], 0.0).amax(1)
-    boosted: Tensor = F.nll_loss(log_p, y, reduction="none") - (ROOM - wrong + TINY).log()
-    return boosted
+    return F.nll_loss(log_p, y, reduction="none") - (ROOM - wrong + TINY).log()

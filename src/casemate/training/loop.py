@@ -19,6 +19,7 @@ from casemate.system import frozen
 from casemate.trainable import Context, Task, Trainable
 from casemate.training import precision
 from casemate.training.averages import LogMeans, WeightAverage
+from casemate.training.awp import WeightPerturbation
 from casemate.training.checkpoint import Checkpoints
 from casemate.training.compiled import compiled, first_lines, in_backward
 from casemate.training.inputs import Draw, TrainingData
@@ -134,7 +135,8 @@ class _Run:
         sized = [self.modules["classifier"]] if "classifier" in self.modules else list(self.modules.values())
         self.precision = precision.choose(recipe.precision, device, sized)
         players = method.players(self.task, self.modules)
-        self.updates = Updates(players, self.precision, device)
+        perturbation = WeightPerturbation(self.modules, recipe) if recipe.awp else None
+        self.updates = Updates(players, self.precision, device, perturbation)
         self.average = WeightAverage(self.modules, recipe.ema) if recipe.ema else None
         self.logs = LogMeans(device)
         self.rng = torch.Generator()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
-from casemate.fields import Count, Flag, Natural, Positive, Unit, spec
+from casemate.fields import Count, Flag, Natural, NonNegative, Positive, Unit, spec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,6 +49,13 @@ class Recipe:
     max_grad_norm: Positive | None = None
     ema: Unit = 0.0
     """Decay of the moving average of the weights, which then are the result; 0 is off."""
+    awp: NonNegative = 0.0
+    """Adversarial weight perturbation of the first player: the share of its norm by which each weight is moved while
+    the gradient is taken (gamma: 0.01 with at_pgd, 0.005 with trades); 0 is off. See `casemate.training.awp`."""
+    awp_warmup: Unit = 0.0
+    """Share of the budget before it begins."""
+    awp_statistics: Literal["moved", "own"] = "moved"
+    """Where batch norms take their running statistics: at the moved weights (as published) or at their own."""
     augment: Flag = False
     """The data set's own random crop and flip."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from casemate.trainable import Player, Update
+from casemate.training.awp import WeightPerturbation
 from casemate.training.precision import Chosen, autocast, choose
 
 
@@ -23,11 +25,15 @@ class NotFinite(Exception):
 class Updates:
     """Applies `Update`s. Losses stay on the device until `check`, which reads all since the last in one transfer."""
 
-    def __init__(self, players: Mapping[str, Player], default: Chosen, device: torch.device) -> None:
-        self.players, self.device = dict(players), device
+    def __init__(
+        self, players: Mapping[str, Player], default: Chosen, device: torch.device,
+        perturbation: WeightPerturbation | None = None,
+    ) -> None:  # fmt: skip
+        self.players, self.device, self.perturbation = dict(players), device, perturbation
         self.primary = next(iter(self.players))
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
+        self.fraction = 0.0
         self._initial = {n: [g["lr"] for g in p.optimizer.param_groups] for n, p in self.players.items()}
         self._precision = {
             n: default if p.precision == "auto" else choose(p.precision, device, ()) for n, p in self.players.items()
@@ -36,6 +42,7 @@ class Updates:
 
     def begin(self, fraction: float) -> None:
         """Start a step: learning rates of that fraction of the budget, and no gradient anywhere."""
+        self.fraction = fraction
         for name, player in self.players.items():
             if player.schedule is not None:
                 factor = player.schedule(fraction)
@@ -59,19 +66,33 @@ class Updates:
         if update.zero_grad:
             for leaf in leaves:
                 leaf.grad = None
+        with self._perturbed(update):
+            loss = self._loss(update)
+            torch.autograd.backward(loss, inputs=leaves)
+            for player in players:
+                if player.max_grad_norm is not None:
+                    clip_grad_norm_(player.parameters, player.max_grad_norm)
+                player.optimizer.step()
+        for player in players:
+            if player.after_step is not None:
+                player.after_step()
+        self._pending.append((step, update.players, loss.detach()))
+
+    def _loss(self, update: Update) -> Tensor:
+        """The update's loss in the precision of its players."""
         half = all(self._precision[name] == "bf16" for name in update.players)
         with autocast("bf16" if half else "fp32", self.device):
             loss = update.loss()
         if loss.dim() != 0:
             raise ValueError(f"the loss of {' + '.join(update.players)} must be a scalar, not {tuple(loss.shape)}")
-        torch.autograd.backward(loss, inputs=leaves)
-        for player in players:
-            if player.max_grad_norm is not None:
-                clip_grad_norm_(player.parameters, player.max_grad_norm)
-            player.optimizer.step()
-            if player.after_step is not None:
-                player.after_step()
-        self._pending.append((step, update.players, loss.detach()))
+        return loss
+
+    def _perturbed(self, update: Update) -> AbstractContextManager[None]:
+        """The primary player's weights where the recipe wants its gradients."""
+        if self.perturbation is None or self.primary not in update.players:
+            return nullcontext()
+        parameters = self.players[self.primary].parameters
+        return self.perturbation.around(lambda: self._loss(update), parameters, self.fraction)
 
     def check(self) -> float | None:
         """Wait for the device; the primary player's mean loss since the last check. Raises NotFinite."""
