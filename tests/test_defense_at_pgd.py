@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from stepping import LINF, Bench, Probe, batch, linear_network, moved, parameters, tracked
+from stepping import LINF, Bench, Probe, batch, linear_network, moved, parameters, same, tracked
 from torch import nn
 
 from casemate.defenses.at_pgd import ATPGD
@@ -103,6 +103,32 @@ def test_it_learns_one_batch() -> None:
     bench, (x, y) = Bench(ATPGD(steps=3), optimizer=torch.optim.Adam, threat=ThreatModel("linf", 0.05)), batch()
     losses = [bench.step(x, y)[0][1] for _ in range(80)]
     assert losses[-1] < losses[0] / 3
+
+
+@pytest.mark.parametrize("mode", ["eval", "train_update"])
+def test_the_clean_forward_comes_after_the_update_and_moves_only_the_statistics(mode: Any) -> None:
+    weights = []
+    for extra in (False, True):
+        bench, (x, y) = Bench(ATPGD(steps=2, clean_forward=extra, bn_mode_attack=mode)), batch()
+        with Probe(bench.f) as passes:
+            bench.step(x, y)
+        weights.append(parameters(bench.f))
+        assert tracked(bench.f) == (1 if mode == "eval" else 3) + extra
+        assert ("train_clean" in bench.ctx.logs) == extra
+    assert same(*weights)
+    assert passes.train[-1] and torch.equal(passes.inputs[-1], x) and passes.backwards == 3
+    bench.step(x, y)
+    assert 0 <= float(bench.ctx.logs["train_clean"]) <= 1
+
+
+def test_predicted_labels_move_away_from_the_prediction_and_see_no_label() -> None:
+    """z_0 - z_1 = a - 3 b = -.7: the prediction is 1, so the corner is (+, -) whatever the label is."""
+    for label in (0, 1):
+        bench = Bench(ATPGD(steps=4, attack_labels="predicted"), lambda: linear_network([[1.0, -2.0], [0.0, 1.0]]))
+        with Probe(bench.f) as passes:
+            bench.step(torch.tensor([0.5, 0.4]).view(1, 1, 1, 2), torch.tensor([label]))
+        torch.testing.assert_close(passes.inputs[-1].flatten(), torch.tensor([0.6, 0.3]))
+        assert len(passes.inputs) == 4 + 2 and passes.backwards == 5
 
 
 # --- schedule -----------------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from casemate.defenses.base import Defense
 from casemate.defenses.crafting import AscentSchedule, crafting
-from casemate.fields import spec
+from casemate.fields import Flag, spec
 from casemate.objectives import objective
 from casemate.threat import untargeted
 from casemate.trainable import Context, Update
@@ -22,18 +23,36 @@ class ATPGD(AscentSchedule, Defense):
 
     K + 1 forward passes, K input gradients and one weight gradient per batch. `bn_mode_attack` is the mode of
     the classifier while crafting: "train_update" is what Madry and Rice run, "eval" what most later code does.
+    Early-stopped AT (Rice et al. 2020) is this with the recipe's `select: best`.
     """
 
     objective: Literal["ce", "margin"] = "ce"
+    attack_labels: Literal["true", "predicted"] = "true"
+    """"predicted" moves away from the current prediction, as the ER-Classifier's baseline does; one forward more."""
     bn_mode_attack: Literal["eval", "train", "train_update"] = "eval"
+    clean_forward: Flag = False
+    """One more forward pass, of the clean batch in train mode after the update, as in Rice's code: it is logged as
+    `train_clean`, and the running statistics see clean images through it."""
 
     def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
         classifier = ctx.modules["classifier"]
         ascent = self.ascent(ctx.threat, ctx.fraction)
-        maximised, goal = objective(self.objective), untargeted(y)
+        maximised = objective(self.objective)
 
         start = ascent.threat.random_start(x, ctx.rng).clamp(0, 1)
         with crafting(classifier, bn=self.bn_mode_attack), ctx.autocast():
+            goal = untargeted(y if self.attack_labels == "true" else predicted(classifier, x))
             x_adv = ascent(lambda at: maximised(classifier(at).float(), goal), x, start)
 
         yield Update(("classifier",), lambda: F.cross_entropy(classifier(x_adv).float(), y))
+
+        if self.clean_forward:
+            with ctx.autocast():
+                ctx.log(train_clean=(predicted(classifier, x) == y).float().mean())
+
+
+@torch.no_grad()
+def predicted(classifier: nn.Module, x: Tensor) -> Tensor:
+    """Labels (N,) that the classifier gives, in the mode it is in."""
+    labels: Tensor = classifier(x).argmax(1)
+    return labels
