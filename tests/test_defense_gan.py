@@ -194,10 +194,10 @@ def generator_of_digits() -> ImageGenerator:
     """A decoder of digits, by an autoencoder."""
     torch.manual_seed(0)
     x, _ = digits()
-    made = ImageGenerator((1, 8, 8), latent=8, width=8)
+    made = ImageGenerator((1, 8, 8), latent=8, width=4)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
-    optimizer = torch.optim.Adam([*made.parameters(), *encoder.parameters()], 3e-3)
-    for _ in range(250):
+    optimizer = torch.optim.Adam([*made.parameters(), *encoder.parameters()], 1e-2)
+    for _ in range(200):
         rows = torch.randint(0, 1000, (64,))
         optimizer.zero_grad()
         codes = encoder(x[rows])
@@ -209,7 +209,7 @@ def generator_of_digits() -> ImageGenerator:
 def guarded(**changes: Any) -> DefenseGANSystem:
     options: dict[str, Any] = {"attacked": Descent(10, 1), "draws": 2, "votes": 1, **changes}
     return DefenseGANSystem(
-        trained_network(), generator_of_digits(), options.pop("descent", Descent(60, 3)), input_shape=(1, 8, 8),
+        trained_network(), generator_of_digits(), options.pop("descent", Descent(40, 2)), input_shape=(1, 8, 8),
         num_classes=10, **options,
     )  # fmt: skip
 
@@ -223,7 +223,7 @@ def test_answers_repeat_and_are_random_in_their_seed() -> None:
         assert not torch.equal(one.logits(x), guarded(seed=1).logits(x))
         alone = torch.cat([one.logits(x[i : i + 1]) for i in range(5)])
         torch.testing.assert_close(alone, one.logits(x)[:5], rtol=1e-3, atol=1e-3)  # no image depends on another
-    hashes = {guarded(**o).hash() for o in ({}, {"descent": Descent(61, 3)}, {"votes": 3}, {"seed": 1})}
+    hashes = {guarded(**o).hash() for o in ({}, {"descent": Descent(41, 2)}, {"votes": 3}, {"seed": 1})}
     assert len(hashes) == 4
 
 

@@ -6,7 +6,8 @@ without it this is ER-Classifier-. Inference is C(Q(x)) alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -57,13 +58,21 @@ class ER(AscentSchedule, MatchedPrior):
             each = [F.cross_entropy(classifier.head(z).float(), y) for z in counted]
             return torch.stack(each).mean()
 
-        if self.rule == "joint":
-            yield from self.joint(ctx, images, entropy)
-            return
+        yield from (self.joint if self.rule == "joint" else self.official)(ctx, images, entropy)
 
-        require_batch(classifier, x)
-        critic, codes = ctx.modules["critic"], list[Tensor]()
+    def official(
+        self, ctx: Context, images: Sequence[Tensor], entropy: Callable[[list[Tensor]], Tensor]
+    ) -> Iterator[Update]:
+        """The steps of the authors' code: D on clean, then also on adversarial codes; Q and C on the cross-entropy;
+        Q on the regulariser of clean, then also of adversarial codes. D's and Q's gradients add up.
+
+        Adam does not feel the scale of its gradient: added to that of the cross-entropy, the regulariser's weight
+        means something; in a step of its own it would not.
+        """
+        classifier, critic = cast(Classifier, ctx.modules["classifier"]), ctx.modules["critic"]
+        require_batch(classifier, images[0])
         prior = [normal(ctx, len(batch), critic) for batch in images]
+        codes: list[Tensor] = []
 
         def critic_loss(at: int) -> Tensor:
             if at == 0:
@@ -80,13 +89,11 @@ class ER(AscentSchedule, MatchedPrior):
             ctx.log(aligned=value)
             return self.regulariser * value
 
-        # Adam does not feel the scale of its gradient: added to that of the cross-entropy, the regulariser's weight
-        # means something; in a step of its own it would not.
         for at in range(len(images)):
-            yield Update(("critic",), lambda at=at: critic_loss(at), zero_grad=at == 0)  # type: ignore[misc]
+            yield Update(("critic",), partial(critic_loss, at), zero_grad=at == 0)
         yield Update(("encoder", "head"), named)
         for at in range(len(images)):
-            yield Update(("encoder",), lambda at=at: aligned(at), zero_grad=False)  # type: ignore[misc]
+            yield Update(("encoder",), partial(aligned, at), zero_grad=False)
 
     def crafted(self, ctx: Context, x: Tensor, y: Tensor) -> Tensor:
         """PGD on the cross-entropy in eval mode, from a uniform start that is not cut to [0, 1]."""
