@@ -34,7 +34,8 @@ from casemate.threat import ThreatModel, untargeted
 
 
 def small(**options: Any) -> ATLD:
-    return ATLD(**{"critic_depth": 10, "critic_width": 1, **options})
+    """A small critic, which meets the clean codes in its own updates only unless it is told."""
+    return ATLD(**{"critic_depth": 10, "critic_width": 1, "critic_meets_clean": False, **options})
 
 
 def test_passes_of_a_step() -> None:
@@ -153,6 +154,7 @@ def test_the_classifier_goes_the_other_way_with_the_gan_alignment() -> None:
 
 def test_the_critic_may_meet_the_clean_codes_while_crafting() -> None:
     """As the code does: the same images, one more clean batch in D's running statistics."""
+    assert ATLD().critic_meets_clean
     seen: dict[bool, Any] = {}
     for meets in (False, True):
         bench, (x, y) = Bench(small(critic_meets_clean=meets)), batch()

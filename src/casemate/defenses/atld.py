@@ -55,9 +55,9 @@ class ATLD(AscentSchedule, Defense):
     critic_depth: Count = 28
     critic_width: Count = 5
     critic_updates: Count = 2
-    critic_meets_clean: Flag = False
-    """True passes the clean codes through D while crafting, too, as the code does. The images are the same; D's
-    running statistics, which inference uses, have one more clean batch in each step."""
+    critic_meets_clean: Flag = True
+    """Pass the clean codes through D while crafting, too, as the code does. The images are the same; D's running
+    statistics, which inference uses, have one more clean batch in each step."""
     critic_lr: Positive = 0.001
     critic_momentum: Unit = 0.9
     critic_weight_decay: NonNegative = 0.0002
