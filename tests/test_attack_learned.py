@@ -117,7 +117,8 @@ def test_the_page_marks_every_row_of_a_failed_fit(tmp_path: Path) -> None:
 def with_generators(generators: dict[str, Any], gap: dict[str, Any]) -> dict[str, Any]:
     content = profile.resolved("mnist")
     content["finetune"] = {"generators": generators}
-    content["evaluate"]["suites"]["extended"]["attacks"]["gap"] = gap
+    content["evaluate"]["suites"] = {"extended": {"attacks": {"gap": gap}}}
+    content["evaluate"]["procedures"] = None
     return content
 
 

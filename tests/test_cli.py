@@ -249,7 +249,10 @@ def test_ctrl_c_keeps_what_is_done(workshop: Path, raw: Path, tmp_path: Path) ->
         "--data", "digits", "--images", "500", "--chunk", "10", "--attacks", "pgd:steps=2", "--radius", "0.1",
         "--no-gate", "--ledger", str(ledger), "--data-root", str(raw), "--device", "cpu",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while len(list(ledger.rglob("*.parquet"))) < 2 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
