@@ -61,7 +61,7 @@ def test_imports_run_downward(path: Path) -> None:
 
 
 LIGHT = [f"casemate{m}" for m in ("", ".params", ".registry", ".cli", ".data.sources", ".versions")]
-LIGHT += [f"pipeline.{m}" for m in ("common", "dag", "download", "report", "train")]
+LIGHT += [f"pipeline.{m}" for m in ("common", "dag", "detect", "download", "report", "train")]
 
 
 @pytest.mark.parametrize("module", LIGHT)

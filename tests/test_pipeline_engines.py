@@ -111,7 +111,7 @@ def test_a_gpu_that_is_absent_is_said(smoke: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["download", "subset", "pretrain", "train", "tune", "finetune", "evaluate", "export", "report"]
+    "stage", ["download", "subset", "pretrain", "train", "tune", "finetune", "evaluate", "detect", "export", "report"]
 )
 def test_every_stage_has_help(stage: str, smoke: Project) -> None:
     done = smoke.python("-m", f"pipeline.{stage}", "--help")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from casemate import registry
 from casemate.errors import UserError, near
+from casemate.evaluation.detection_schema import DetectParams
 from casemate.evaluation.schema import EvaluateParams
 from casemate.fields import Count, Flag, Natural, Positive, Radius, Seed, Text
 from casemate.training.recipe import Recipe
@@ -131,6 +132,8 @@ class Params(Section):
     finetune: Finetune = Finetune()
     subset: dict[Name, Subset] = {}
     evaluate: EvaluateParams
+    detect: dict[Name, DetectParams] = {}
+    """Detectors, by the row that they stand behind."""
     export: Export = Export()
     tracking: Tracking = Tracking()
 
@@ -161,6 +164,7 @@ class Params(Section):
         lists = {
             "evaluate.models": self.evaluate.models,
             "evaluate.source": [self.evaluate.source] if self.evaluate.source else [],
+            "detect": list(self.detect),
             "export.models": self.export.models,
         }
         for where, rows in lists.items():
@@ -247,17 +251,24 @@ def _problem(error: Mapping[str, Any], raw: Any) -> str:
     return f"{where + ': ' if where else ''}{message}{given}"
 
 
+def _registered(loc: tuple[Any, ...], owner: Mapping[str, Any]) -> tuple[str, Any]:
+    """(kind, name) of what the options at `loc` are of: some names, such as `er` and `gap`, are of several kinds."""
+    if "attack" in owner or loc[-3] == "adaptive":
+        return "attack", owner.get("attack", "joint")
+    if "name" in owner:
+        return "network", owner["name"]
+    kind = {"generators": "learned_attack", "detectors": "detector"}.get(str(loc[-4]), "defense")
+    return kind, owner.get("method")
+
+
 def _siblings(loc: tuple[Any, ...], raw: Any) -> list[str]:
     """The keys that exist where an unknown one stands."""
     if len(loc) >= 2 and loc[-2] == "options":
         owner: Any = raw
         for key in loc[:-2]:
             owner = owner[key]
-        name = owner.get("method") or owner.get("name") or owner.get("attack")
-        for kind, table in registry.TABLES.items():
-            if name in table:
-                return sorted(registry.schema(kind, name).model_fields)
-        return []
+        kind, name = _registered(loc, owner)
+        return sorted(registry.schema(kind, name).model_fields) if name in registry.TABLES[kind] else []
     model: Any = Params
     for key in loc[:-1]:
         fields = getattr(model, "model_fields", None) or getattr(model, "__pydantic_fields__", {})

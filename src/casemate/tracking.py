@@ -355,3 +355,16 @@ def evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float]:
     for cell in primary["cells"]:
         metrics[f"robust_{cell['view']}/{cell['attack']}"] = cell["accuracy"]
     return metrics
+
+
+def detection_metrics(table: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of `run_protocol` at each detector's own threshold over all attacked images, and what the joint
+    attack leaves."""
+    metrics = {}
+    for row in table["rows"]:
+        if row["own"] and row["scope"] == "all":
+            for figure in ("acc_adv", "acc_nadv", "acc_com", "system_natural", "auroc", "tpr_at_5_fpr"):
+                metrics[f"{row['detector']}/{row['fitted_on']}/{row['tested_on']}/{figure}"] = row[figure]
+    for row in table["adaptive"]:
+        metrics[f"{row['detector']}/{row['fitted_on']}/joint {row['threat']}"] = row["accuracy"]
+    return metrics

@@ -7,8 +7,9 @@ classifier alone, as in the paper; `Joint` then shows what is left against an at
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from casemate.training.artifact import load_artifact, save_artifact
 
 CHUNK = 500
 Attacks = Mapping[str, tuple[Attack, ThreatModel]]
+Progress = Callable[[str, int, int], None]
+"""(what is running, how much of it is done, of how much)."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def run_protocol(
     train: tuple[Tensor, Tensor],
     images: tuple[Tensor, Tensor],
     protocol: Protocol | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Fit and judge `detectors` on one classifier; JSON-able.
 
@@ -76,12 +80,16 @@ def run_protocol(
     Returns {"attacks": [...], "rows": [...], "adaptive": [...], ...}. A row is a detector fitted to one attack and
     tested on one, at one threshold ("half": probability 1/2, as in the paper; "validation": `false_alarms` of the
     natural images of set I) and counting all adversarial images or only those that fool the classifier alone
-    ("scope"); its figures are `detection.figures`, and "noisy_false_alarms": the share of natural images flagged when
-    random noise of the attack's l2 norm is added. Raises UserError for sets that are too small.
+    ("scope"), "own" where the threshold is the detector's own. Its figures are `detection.figures`, and
+    "noisy_false_alarms": the share of natural images flagged when random noise of the attack's l2 norm is added.
+    Raises UserError for sets that are too small.
     """
-    protocol = protocol or Protocol()
+    protocol, progress = protocol or Protocol(), progress or _silent
     (x, y), system = images, _alone(classifier)
-    made = {n: crafted(system, a, t, x, y, derive(protocol.seed, n)) for n, (a, t) in attacks.items()}
+    made = {
+        n: crafted(system, a, t, x, y, derive(protocol.seed, n), partial(progress, f"attack {n}"))
+        for n, (a, t) in attacks.items()
+    }
     noise = {name: noisy(x, found, derive(protocol.seed, name, "noise")) for name, found in made.items()}
     scorers = {name: spec.scorer(classifier, *train, protocol.seed) for name, spec in detectors.items()}
     sets = [split(len(x), protocol.share, derive(protocol.seed, "sets", k)) for k in range(protocol.splits)]
@@ -89,7 +97,8 @@ def run_protocol(
     adaptive: list[dict[str, Any]] = []
     for name, spec in detectors.items():
         seen = _Seen(classifier, scorers[name], x, y, made, noise)
-        for fitted_on in attacks:
+        for number, fitted_on in enumerate(attacks):
+            progress(f"detector {name}", number, len(attacks))
             fits = [spec.regress(*seen.fitting(fitted_on, first)) for first, _ in sets]
             for tested_on in attacks:
                 each = [seen.judged(tested_on, fit, second) for fit, (_, second) in zip(fits, sets, strict=True)]
@@ -107,6 +116,38 @@ def run_protocol(
     }  # fmt: skip
 
 
+def deployable(
+    classifier: Classifier,
+    detectors: Mapping[str, DetectorSpec],
+    attack: tuple[Attack, ThreatModel],
+    train: tuple[Tensor, Tensor],
+    validation: tuple[Tensor, Tensor],
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, FittedDetector]:
+    """The detectors as they would be deployed: regression and threshold from validation images, all of them.
+
+    Args are those of `run_protocol`, but for the one `attack` fitted to and the `validation` images and labels, which
+    no weight was fitted to and no figure is of. A detector whose scores need the clean originals is left out.
+    """
+    (x, y), progress = validation, progress or _silent
+    found = crafted(
+        _alone(classifier), *attack, x, y, derive(seed, "deployed"), partial(progress, "validation images")
+    )
+    fitted = {}
+    for number, (name, spec) in enumerate(detectors.items()):
+        progress(f"detector {name} on validation images", number, len(detectors))
+        scorer = spec.scorer(classifier, *train, seed)
+        if scorer.deployable:
+            scores = [scores_of(scorer, classifier, images, x)[0] for images in (x, found)]
+            fitted[name] = FittedDetector(spec, classifier, scorer, spec.regress(*scores))
+    return fitted
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """No progress is shown."""
+
+
 # --- images ---------------------------------------------------------------------------------------------------
 
 
@@ -119,10 +160,15 @@ def split(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return order[:first].sort().values, order[first:].sort().values
 
 
-def crafted(system: TorchSystem, attack: Attack, threat: ThreatModel, x: Tensor, y: Tensor, seed: int) -> Tensor:
+def crafted(
+    system: TorchSystem, attack: Attack, threat: ThreatModel, x: Tensor, y: Tensor, seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:  # fmt: skip
     """What the attack makes of every image, within the threat model; true labels."""
     parts = []
     for first in range(0, len(x), CHUNK):
+        if progress is not None:
+            progress(first, len(x))
         rows = slice(first, first + CHUNK)
         found = attack(system, x[rows], untargeted(y[rows]), threat, derive(seed, first)).x_adv
         parts.append(threat.project(found, x[rows]))
@@ -198,7 +244,8 @@ def _rows(each: Sequence[tuple[Judged, Judged, Judged, float]], spec: DetectorSp
                     alarms = float((noise.odds > at).mean())
                     figured.append({**figures(natural, counted, at), "noisy_false_alarms": alarms})
             if figured:
-                rows.append({"threshold": threshold, "scope": scope, **mean_and_deviation(figured)})
+                named = {"threshold": threshold, "own": threshold == spec.threshold, "scope": scope}
+                rows.append({**named, **mean_and_deviation(figured)})
     return rows
 
 

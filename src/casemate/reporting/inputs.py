@@ -11,21 +11,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from casemate.errors import UserError
+from casemate.reporting.detection import Detection, load_detections
+from casemate.reporting.records import Number, Record, read
 
 View = Literal["adaptive", "static"]
 Verdict = Literal["ok", "unreliable", "not run"]
-Number = Annotated[float | None, BeforeValidator(lambda v: None if isinstance(v, float) and math.isnan(v) else v)]
-
-
-class Record(BaseModel):
-    """A JSON object whose unknown keys are ignored."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class Rate(Record):
@@ -95,7 +90,7 @@ class Cell(Rate):
     l2_mean: Number = None
     verdict: str = "ok"
     fit: Fit | None = None
-    spec: dict[str, Any] = {}
+    spec: dict[str, Any] = Field(default_factory=dict)
 
 
 class Sweep(Record):
@@ -139,7 +134,7 @@ class Evaluated(Record):
     changes_inference: bool = False
     clean: Rate | None = None
     cells: tuple[Cell, ...] = ()
-    worst: dict[str, Suite] = {}
+    worst: dict[str, Suite] = Field(default_factory=dict)
     sweep: Sweep | None = None
     gate: Gate = Gate()
 
@@ -166,7 +161,7 @@ class Evaluation(Record):
     budget: float = 1.0
     seed: int = 0
     threat: Threat
-    card: dict[str, Any] = {}
+    card: dict[str, Any] = Field(default_factory=dict)
     untrained: bool = False
     systems: tuple[Evaluated, ...]
 
@@ -221,6 +216,8 @@ class ReportInputs:
 
     profile: str
     rows: tuple[Row, ...]
+    detections: tuple[Detection, ...] = ()
+    """Of the rows that have detectors."""
 
     @classmethod
     def load(cls, profile: str, reports: Path, models: Path, rows: Sequence[str] | None = None) -> ReportInputs:
@@ -230,7 +227,7 @@ class ReportInputs:
             rows = sorted(p.stem for p in (reports / "evaluate").glob("*.json"))
         if not rows:
             raise UserError(f"{reports / 'evaluate'} holds no evaluation: run the evaluate stage first")
-        return cls(profile, tuple(_row(reports, models, name) for name in rows))
+        return cls(profile, tuple(_row(reports, models, name) for name in rows), load_detections(reports))
 
     @property
     def failed_fits(self) -> dict[str, tuple[str, Cell]]:
@@ -245,36 +242,22 @@ class ReportInputs:
 
 
 def _row(reports: Path, models: Path, name: str) -> Row:
-    evaluation = _read(Evaluation, reports / "evaluate" / f"{name}.json")
+    evaluation = read(Evaluation, reports / "evaluate" / f"{name}.json")
     if evaluation.schema_ != 1:
         raise UserError(f"evaluate/{name}.json has schema {evaluation.schema_}, not 1: run the evaluate stage again")
     train, export = reports / "train" / f"{name}.json", reports / "export" / f"{name}.json"
     curves, gallery = reports / "curves" / f"{name}.csv", models / "evaluated" / name / "adversarial.npz"
     return Row(
         evaluation,
-        train=_read(_Metrics, train).model_dump() if train.exists() else {},
+        train=read(_Metrics, train).model_dump() if train.exists() else {},
         curves=read_curves(curves) if curves.exists() else {},
-        parity=_read(Parity, export) if export.exists() else None,
+        parity=read(Parity, export) if export.exists() else None,
         gallery=gallery if gallery.exists() else None,
     )
 
 
 class _Metrics(BaseModel):
     model_config = ConfigDict(extra="allow")
-
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def _read(model: type[Model], path: Path) -> Model:
-    try:
-        return model.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: run the stage that writes it first") from None
-    except ValidationError as wrong:
-        first = wrong.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: {where}: {first['msg']}; run the stage that writes it again") from None
 
 
 def read_curves(path: Path) -> dict[str, list[float | None]]:
