@@ -51,7 +51,7 @@ def change(project: Project, path: str, value: object) -> None:
 def test_after_snakemake_both_engines_say_nothing_to_do(smoke: Project) -> None:
     smoke.assert_nothing_to_do()
     assert "digraph" in smoke.snakemake("--dag").stdout
-    assert (smoke.folder / "reports/smoke/index.html").exists()
+    assert 'id="detectors-standard"' in (smoke.folder / "reports/smoke/index.html").read_text()
 
 
 def test_a_tuned_row_begins_where_its_start_ended(smoke: Project) -> None:
