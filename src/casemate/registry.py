@@ -97,6 +97,8 @@ TABLES: dict[str, dict[str, str]] = {
         "mart": "casemate.defenses.mart:MART",
         "trades": "casemate.defenses.trades:TRADES",
         "atld": "casemate.defenses.atld:ATLD",
+        "iwdd": "casemate.defenses.iwdd:IWDD",
+        "iwdd_plus_pgd": "casemate.defenses.iwdd_plus_pgd:IWDDPlusPGD",
         "adt_exp": "casemate.defenses.adt_exp:ADTEXP",
         "adt_exp_am": "casemate.defenses.adt_exp_am:ADTEXPAM",
         "adt_imp_am": "casemate.defenses.adt_imp_am:ADTIMPAM",

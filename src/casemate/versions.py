@@ -32,6 +32,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "attacks/l2l",
         "defenses",
         "defenses/l2l_da",
+        "defenses/iwdd",
     ),
     "evaluation": (
         "evaluation",
