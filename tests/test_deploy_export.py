@@ -189,3 +189,18 @@ def test_bad_requests(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="purification Cummax cannot be exported"):
         export_system(plain, tmp_path / "a.onnx", ABOUT)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_constants_that_build_on_each_other_are_folded_once(tmp_path: Path) -> None:
+    """Scaling computes indices from indices, and both are read by what depends on the image."""
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            large: Tensor = nn.functional.interpolate(x, (11, 11), mode="bilinear", align_corners=False)
+            return large.flatten(1)
+
+    net = nn.Sequential(Scaled(), nn.Linear(121, 10)).eval()
+    export_system(TorchSystem(net, input_shape=SHAPE, num_classes=10), tmp_path / "a.onnx", ABOUT)
+    x = images(5)
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "a.onnx", x)["logits"], net(x), rtol=1e-5, atol=1e-5)

@@ -160,10 +160,12 @@ def _fold_constants(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         _evaluate(graph, node, known)
     kept = [n for n in known if n.op == "call_function" and any(u not in known for u in n.users)]
-    for number, node in enumerate(kept):
+    sources = [
+        [known[n].numel() for n in _ancestors(node) if n.op == "get_attr"] for node in kept
+    ]  # before any folds
+    for number, (node, sizes) in enumerate(zip(kept, sources, strict=True)):
         value = known[node]
-        sources = [known[n].numel() for n in _ancestors(node) if n.op == "get_attr"]
-        most = min(FOLD_LIMIT, max(sources, default=FOLD_LIMIT + 1) - 1)
+        most = min(FOLD_LIMIT, max(sizes, default=FOLD_LIMIT + 1) - 1)
         if isinstance(value, Tensor) and value.numel() <= most:
             with graph.graph.inserting_before(node):
                 node.replace_all_uses_with(_store(graph, f"folded{number}", value))
