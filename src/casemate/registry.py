@@ -39,6 +39,8 @@ TABLES: dict[str, dict[str, str]] = {
         "resnet20": "casemate.networks.resnet20:ResNet20",
         "preact_resnet18": "casemate.networks.preact_resnet:PreActResNet18",
         "resnet18": "casemate.networks.resnet18:ResNet18",
+        "resnet101": "casemate.networks.resnet101:ResNet101",
+        "inception_v3": "casemate.networks.inception_v3:InceptionV3",
         "vgg16_bn": "casemate.networks.vgg:VGG16BN",
         "stl10_cnn": "casemate.networks.stl10_cnn:STL10CNN",
         "wrn": "casemate.networks.wrn:WideResNet",
