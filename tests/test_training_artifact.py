@@ -21,7 +21,16 @@ from casemate.errors import UserError
 from casemate.networks.base import Normalise, build_network
 from casemate.threat import ThreatModel
 from casemate.trainable import Task
-from casemate.training.artifact import load_artifact, load_modules, load_system, make_card, save_artifact
+from casemate.training.artifact import (
+    _Network,
+    _Read,
+    _task,
+    load_artifact,
+    load_modules,
+    load_system,
+    make_card,
+    save_artifact,
+)
 from casemate.training.loop import Trained, train
 from casemate.training.recipe import Recipe
 
@@ -146,3 +155,18 @@ def test_what_is_not_ours_is_named_in_one_line(folder: Path, damage: Callable[[P
     with pytest.raises(UserError, match=said) as caught:
         load_system(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_a_trained_artifact_is_read_without_the_weights_it_began_with(tmp_path: Path) -> None:
+    network = _Network(
+        name="resnet101",
+        options={"weights": str(tmp_path / "gone.pth"), "sha256": "0" * 64, "rows": [1, 2]},
+        normalise={"mean": [0.5] * 3, "std": [0.5] * 3},  # type: ignore[arg-type]
+    )
+    read = _Read(
+        modules=[], weights_sha256="", dataset="imagenet10", classes=["a", "b"], input_shape=(3, 32, 32),
+        network=network, defense={"method": "standard", "options": {}}, recipe={"epochs": 1, "lr": 0.1},  # type: ignore[arg-type]
+        threat={"norm": "linf", "radius": 0.1}, seed=0,  # type: ignore[arg-type]
+    )  # fmt: skip
+    with torch.device("meta"):
+        assert _task(read).network().head.weight.shape == (2, 2048)  # type: ignore[union-attr]

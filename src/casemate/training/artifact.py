@@ -265,11 +265,13 @@ def _checked(kind: type[Model], card: Card, path: Path) -> Model:
 
 def _task(read: _Read) -> Task:
     wanted, classes = read.network, len(read.classes)
+    begins: frozenset[str] = getattr(registry.resolve("network", wanted.name), "initial", frozenset())
+    options = {key: value for key, value in wanted.options.items() if key not in begins}  # its weights are trained
 
     def network() -> nn.Module:
         layer = None if wanted.normalise is None else Normalise(wanted.normalise.mean, wanted.normalise.std)
         return build_network(
-            wanted.name, input_shape=read.input_shape, num_classes=classes, normalise=layer, **wanted.options
+            wanted.name, input_shape=read.input_shape, num_classes=classes, normalise=layer, **options
         )
 
     return Task(
