@@ -73,3 +73,13 @@ def test_the_short_cifar10_profile_differs_in_network_and_length_only() -> None:
     assert all(
         short["defenses"][r]["recipe"]["epochs"] < long["defenses"][r]["recipe"]["epochs"] for r in long["defenses"]
     )
+
+
+def test_the_ten_classes_are_trained_as_published() -> None:
+    content = profile.resolved("imagenet10")
+    rows = {**content["pretrain"], **content["defenses"]}
+    for name, other in ((n, rows[f"{n}_inception"]) for n in rows if not n.endswith("_inception")):
+        assert rows[name]["recipe"] == other["recipe"] and rows[name].get("options") == other.get("options")
+        recipe = rows[name]["recipe"]
+        assert (recipe["lr"], recipe["batch_size"], recipe["epochs"]) == (0.1, 128, 200)
+    assert {row["method"] for row in rows.values()} == {"standard", "free", "at_pgd", "iwdd", "iwdd_plus_pgd"}
