@@ -242,7 +242,7 @@ def test_the_warm_up_leaves_the_classifier_to_clean_images() -> None:
         updates = made.step(x, y, fraction=0.19)
     assert len(seen.inputs) == 1 and torch.equal(seen.inputs[0], x), "and the generator does not attack it"
     assert [players for players, _ in updates] == [CRITIC, GENERATOR, CLASSIFIER]
-    assert dict(updates)[CLASSIFIER] == pytest.approx(float(F.cross_entropy(h(x), y)), rel=1e-6)
+    assert dict(updates)[CLASSIFIER] == pytest.approx(F.cross_entropy(h(x), y).item(), rel=1e-6)
     with Probe(made.f) as seen:
         made.step(x, y, fraction=0.2)
     assert len(seen.inputs) == 2
@@ -284,6 +284,9 @@ def test_the_reconstruction_sets_the_next_steps_noise() -> None:
     fixed = made.ctx.state["fixed"].clone()
     made.step(x, y)
     assert torch.equal(made.ctx.state["fixed"], fixed)
+    constant = bench(small(noise="constant", critic_steps=1, generator_steps=1))
+    constant.step(x, y)
+    assert list(constant.ctx.state) == ["fixed"]
 
 
 def test_different_noise_gives_different_images_near_theirs() -> None:

@@ -182,7 +182,8 @@ class Pair:
 
     def generator_update(self, x: Tensor, y: Tensor, tau: float) -> Update:
         """g on -E f(x~) - tau CE(h(x~), y) + reconstruction MSE. f is in train mode, but keeps its statistics."""
-        ctx, g, f, h = self.ctx, self.ctx.modules["generator"], self.ctx.modules["critic"], self._classifier
+        ctx = self.ctx
+        h, g, f = (ctx.modules[name] for name in ("classifier", "generator", "critic"))
         noise, cap = self.draw(), self.method.ce_cap
 
         def loss() -> Tensor:
@@ -197,7 +198,8 @@ class Pair:
                 again = g(self.real, self._fixed())
                 apart = torch.stack([F.mse_loss(a.float(), b) for a, b in zip(again, self.real, strict=True)]).sum()
                 ctx.log(reconstruction=apart)
-                ctx.state["left"] = left_over(self.real, again).detach()  # the next draws' noise
+                if self.method.noise == "reconstruction":
+                    ctx.state["left"] = left_over(self.real, again).detach()
                 value = value + self.method.reconstruction * apart
             return value
 
@@ -237,10 +239,6 @@ class Pair:
         (slope,) = torch.autograd.grad(value, mixed, create_graph=True)
         norms: Tensor = slope.norm(dim=1) if pixel else slope.flatten(1).norm(dim=1)
         return (norms - 1).square().mean()
-
-    @property
-    def _classifier(self) -> nn.Module:
-        return self.ctx.modules["classifier"]
 
 
 def total(scores: Sequence[Tensor]) -> Tensor:
