@@ -169,6 +169,30 @@ def evaluate(
             temporary.replace(out)
 
 
+@app.command()
+def distances(
+    images: Annotated[Path, typer.Argument(help="adversarial.npz of an evaluated row.")],
+    protocol: Annotated[str, typer.Option(help="digits, mnist, cifar or imagenet: which windows are compared.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many images.")] = None,
+    projections: Annotated[int, typer.Option(min=0, help="Add the sliced distance, of so many directions.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write every image's distances here, as JSON.")] = None,
+) -> None:
+    """The internal Wasserstein distance of adversarial images from their clean ones, beside linf and l2."""
+    with one_line_errors("interrupted; nothing was written"):
+        from casemate.evaluation.distances import stored_distances
+        from casemate.iwd import PROTOCOLS
+
+        if protocol not in PROTOCOLS:
+            raise UserError(f"--protocol {protocol}: no such protocol{near(protocol, PROTOCOLS)}")
+        found = stored_distances(images, PROTOCOLS[protocol], images=limit, projections=projections)
+        for attack, figures in found.summary().items():
+            typer.echo(f"{attack}: {figures.pop('n')} successful; median (quartiles)")
+            for name, f in figures.items():
+                typer.echo(f"  {name}: {f['median']:.4g} ({f['q25']:.4g} to {f['q75']:.4g})")
+        if out is not None:
+            found.save(out)
+
+
 def _threat(norm: str, radius: str) -> ThreatModel:
     if norm not in ("linf", "l2"):
         raise UserError(f"--norm {norm}: known are linf and l2")
