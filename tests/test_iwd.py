@@ -104,7 +104,7 @@ def test_the_quick_solution_is_the_plain_one(by: str) -> None:
     u, v = (Windows(size=3).patches(image)[0].double().numpy() for image in (x, changed(x, by)))
     cost = cdist(u, v, "cityblock")
     before = cost.copy()
-    pairing = assign(cost, u, v)
+    pairing = assign(cost, u, v, bounds.marginal(u, v))
     assert sorted(pairing.tolist()) == list(range(len(u))) and np.array_equal(cost, before)
     best = cost[linear_sum_assignment(cost)].mean()
     assert cost[np.arange(len(u)), pairing].mean() == pytest.approx(best, rel=1e-12)

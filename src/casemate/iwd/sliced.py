@@ -42,8 +42,8 @@ def directions(count: int, channels: int, windows: Windows, rng: torch.Generator
 def sliced(x: Tensor, x_adv: Tensor, windows: Windows, theta: Tensor) -> Sliced:
     """The sliced distance of each pair of images N x C x H x W along `theta` (L x C x size x size, see `directions`).
 
-    Patches are projected by one convolution, so none is ever stored; memory is N * L * windows. The gradient is
-    zero where x_adv is x: start an optimisation beside it. Raises UserError on shapes that do not fit.
+    Unless they are drawn, patches are projected by a convolution and never stored; memory is N * L * windows. The
+    gradient is zero where x_adv is x: start an optimisation beside it. Raises UserError on shapes that do not fit.
     """
     expected = (x.shape[1], windows.size, windows.size)
     if x.shape != x_adv.shape or tuple(theta.shape[1:]) != expected:
@@ -63,7 +63,8 @@ def sliced(x: Tensor, x_adv: Tensor, windows: Windows, theta: Tensor) -> Sliced:
 def _project(x: Tensor, windows: Windows, theta: Tensor, draw: int) -> Tensor:
     """N x L x n: the patches of each image along each direction, in ascending order."""
     height, width = x.shape[-2:]
-    every = F.conv2d(x, theta, stride=windows.stride).flatten(2)
     if windows.sampled(height, width):
-        every = every[..., windows.places(height, width, draw).to(x.device)]
-    return every.sort(dim=2).values
+        along = (windows.patches(x, draw) @ theta.flatten(1).T).transpose(1, 2)
+    else:
+        along = F.conv2d(x, theta, stride=windows.stride).flatten(2)
+    return along.sort(dim=2).values
