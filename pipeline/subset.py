@@ -1,4 +1,4 @@
-"""Stage subset: build a class subset of an ImageNet-layout folder, with a manifest.
+"""Stage subset: build a class subset of ImageNet, from a folder in its layout or its archives, with a manifest.
 
 python -m pipeline.subset --name imagenet10
 """
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 
 def run(params: Params, options: argparse.Namespace) -> None:
-    from casemate.data.subset import build_subset
+    from casemate.data.subset import build_subset, summary
 
     name = row_of(params, options.name, list(params.subset), "subset")
     wanted = params.subset[name]
-    build_subset(
+    manifest = build_subset(
         Path(wanted.source), Path("data/subset") / name, tuple(wanted.classes), wanted.train_per_class,
         wanted.test_per_class, allow_missing=wanted.allow_missing,
     )  # fmt: skip
+    for line in summary(manifest):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ TABLES: dict[str, dict[str, str]] = {
         "svhn": "casemate.data.svhn:SVHN",
         "stl10": "casemate.data.stl10:STL10",
         "tinyimagenet": "casemate.data.tinyimagenet:TinyImageNet",
+        "imagenet10": "casemate.data.imagenet10:ImageNet10",
     },
     "network": {
         "digits_cnn": "casemate.networks.small:DigitsCNN",

@@ -1,4 +1,4 @@
-"""The 10-class ImageNet subset, from any folder in ImageNet's layout: every picture decoded before it is taken."""
+"""The 10-class ImageNet subset, from folders or archives (see `ilsvrc`): every picture decoded before it is taken."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from casemate.data import pictures, store
+from casemate.data.ilsvrc import Picture, Source
 from casemate.data.splits import shuffled
 from casemate.errors import UserError
 
@@ -32,14 +33,92 @@ IMAGENET10: Mapping[str, str] = {
 """WordNet id -> class name, in the order of the labels."""
 
 
-@dataclass
-class _Record:
-    """What the manifest will say."""
+SPLITS = ("val", "train")
+"""In the order they take their pictures."""
 
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+class Chosen(NamedTuple):
+    """A picture that was taken: decoded, and as it was."""
+
+    split: str
+    wnid: str
+    source: Picture
+    picture: Image
+    content: bytes
+    digest: str
+
+
+@dataclass
+class Choice:
+    """So many pictures of each class as were asked for, and what happened on the way; filled by `pictures`."""
+
+    wnids: Sequence[str]
+    wanted: Mapping[str, int]
+    """Of each split and class."""
+    allow_missing: bool = False
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
     duplicates: dict[str, str] = field(default_factory=dict)
-    seen: dict[str, str] = field(default_factory=dict)
+    _seen: dict[str, str] = field(default_factory=dict)
+
+    def pictures(self, source: Source) -> Iterator[Chosen]:
+        """Each class shuffled by a hash of its name. Without validation pictures, a class is cut in the proportion
+        asked for. Unreadable pictures and second copies are left out, and the next one takes their place.
+
+        Raises UserError, naming them, on classes without training pictures, unless they are allowed to be missing
+        and not all of them are.
+        """
+        found = {w: {split: source.pictures(split, w) for split in SPLITS} for w in self.wnids}
+        self.missing = [w for w in self.wnids if not found[w]["train"]]
+        if self.missing and (not self.allow_missing or len(self.missing) == len(self.wnids)):
+            raise UserError(
+                f"{source.root} has no training pictures of {', '.join(map(_named, self.missing))}; expected in it "
+                "WNID/* or train/WNID/* and val/WNID/*, or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
+            )
+        for wnid in self.wnids:
+            pools = self._pools(found[wnid], wnid)
+            self.counts[wnid] = dict.fromkeys(SPLITS, 0)
+            for split in SPLITS:
+                for chosen in self._take(*pools[split], split, wnid):
+                    self.counts[wnid][split] += 1
+                    yield chosen
+
+    @property
+    def short(self) -> dict[str, dict[str, dict[str, int]]]:
+        """The classes that have fewer pictures than were asked for: `taken` of `wanted` by class and split."""
+        found: dict[str, dict[str, dict[str, int]]] = {}
+        for wnid, counts in self.counts.items():
+            for split, taken in counts.items():
+                if taken != self.wanted[split]:
+                    found.setdefault(wnid, {})[split] = {"taken": taken, "wanted": self.wanted[split]}
+        return found
+
+    def _pools(self, found: Mapping[str, list[Picture]], wnid: str) -> dict[str, tuple[Iterator[Picture], int]]:
+        """For each split, the pictures to take from, in order, and how many to take; shared if there is no val."""
+        train, val = (_shuffle(found[split], wnid) for split in ("train", "val"))
+        if val:
+            return {"train": (iter(train), self.wanted["train"]), "val": (iter(val), self.wanted["val"])}
+        one = iter(train)
+        share = len(train) * self.wanted["val"] // (self.wanted["train"] + self.wanted["val"])
+        return {"train": (one, self.wanted["train"]), "val": (one, min(self.wanted["val"], share))}
+
+    def _take(self, pool: Iterator[Picture], count: int, split: str, wnid: str) -> Iterator[Chosen]:
+        taken = 0
+        while taken < count and (source := next(pool, None)) is not None:
+            try:
+                content = source.read()
+                picture = pictures.decode(content)
+            except (pictures.Unreadable, OSError) as error:
+                self.unreadable[source.origin] = str(error)
+                continue
+            digest = hashlib.sha256(content).hexdigest()
+            if digest in self._seen:
+                self.duplicates[source.origin] = self._seen[digest]
+                continue
+            self._seen[digest] = source.origin
+            taken += 1
+            yield Chosen(split, wnid, source, picture, content, digest)
 
 
 def build_subset(
@@ -52,46 +131,59 @@ def build_subset(
 ) -> dict[str, Any]:
     """Write `out/{train,val}/WNID/*` and `out/manifest.json`, and return the manifest.
 
-    `source` holds WNID/* or {train,val}/WNID/*. Without a val folder, each class is shuffled by a hash of its name
-    and cut in the proportion asked for. RGB files are copied byte for byte; grey, CMYK, palette and transparent ones
-    are written as RGB PNG; unreadable ones, and second copies of a picture, are left out and listed, and the next
-    picture takes their place. Raises UserError, naming them, on missing classes unless `allow_missing`; then, and
-    for a class with too few pictures, the counts in the manifest say what there is.
+    `source` holds WNID/* or {train,val}/WNID/*, or the official archives; see `ilsvrc.Source` and `Choice.pictures`.
+    RGB files are copied byte for byte; grey, CMYK, palette and transparent ones are written as RGB PNG. The manifest
+    has the sha256 and origin of every file, what was left out and why, and the counts that are not what was asked
+    for. Raises UserError on missing classes unless `allow_missing`.
     """
     _check(source, out, wnids, per_class_train, per_class_val)
-    missing = [w for w in wnids if not (_files(source / "train" / w) or _files(source / w))]
-    if missing and (not allow_missing or len(missing) == len(wnids)):
-        named = ", ".join(f"{w} ({IMAGENET10[w]})" if w in IMAGENET10 else w for w in missing)
-        raise UserError(
-            f"{source} has no training pictures of {named}; expected WNID/* or train/WNID/* and val/WNID/* in it"
-        )
-    wanted = {"train": per_class_train, "val": per_class_val}
-    record = _Record()
-    with store.disk_errors(out), store.exclusive(out) as staging:
+    choice = Choice(wnids, {"train": per_class_train, "val": per_class_val}, allow_missing)
+    files: dict[str, dict[str, Any]] = {}
+    with store.disk_errors(out), store.exclusive(out) as staging, Source(source) as opened:
         ready = staging / "ready"
-        ready.mkdir()
-        counts: dict[str, dict[str, int]] = {}
-        for wnid in wnids:
-            pools = _pools(source, wnid, wanted)
-            counts[wnid] = {s: _take(*pools[s], ready / s / wnid, record, (source, ready)) for s in ("val", "train")}
+        for split in SPLITS:
+            for wnid in wnids:
+                (ready / split / wnid).mkdir(parents=True)
+        for chosen in choice.pictures(opened):
+            target, entry = _write(chosen, ready)
+            files[target.relative_to(ready).as_posix()] = entry
         manifest = {
             "schema": 1,
             "wnids": list(wnids),
             "classes": {w: IMAGENET10.get(w, w) for w in wnids},
-            "counts": counts,
-            "missing": missing,
-            "files": record.files,
-            "unreadable": record.unreadable,
-            "duplicates": record.duplicates,
+            "counts": choice.counts,
+            "short": choice.short,
+            "missing": choice.missing,
+            "files": files,
+            "unreadable": choice.unreadable,
+            "duplicates": choice.duplicates,
         }
         store.write_manifest(ready, manifest)
         store.put_in_place(ready, out, staging)
     return manifest
 
 
+def summary(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What of a manifest a person should know: a line each."""
+    converted = sum("converted" in entry for entry in manifest["files"].values())
+    yield (
+        f"{len(manifest['files']):,} pictures of {len(manifest['wnids'])} classes; {converted:,} converted to RGB, "
+        f"{len(manifest['unreadable']):,} unreadable and {len(manifest['duplicates']):,} copies left out"
+    )
+    for wnid, splits in manifest["short"].items():
+        counts = ", ".join(f"{n['taken']:,} of {n['wanted']:,} {split}" for split, n in sorted(splits.items()))
+        yield f"{_named(wnid)}: {counts}"
+
+
+def _named(wnid: str) -> str:
+    return f"{wnid} ({IMAGENET10[wnid]})" if wnid in IMAGENET10 else wnid
+
+
 def _check(source: Path, out: Path, wnids: Sequence[str], train: int, val: int) -> None:
     if not source.is_dir():
-        raise UserError(f"{source} is not a folder; give one in ImageNet's layout (WNID/* or train/WNID/*)")
+        raise UserError(
+            f"{source} is not a folder; give one in ImageNet's layout (WNID/*, train/WNID/*) or its archives"
+        )
     if out.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out} overlaps {source}; write the subset somewhere else")
     wrong = [w for w in wnids if not re.fullmatch(r"n\d{8}", w)]
@@ -102,51 +194,19 @@ def _check(source: Path, out: Path, wnids: Sequence[str], train: int, val: int) 
         raise UserError(f"per_class_train {train} must be 1 or more and per_class_val {val} 0 or more")
 
 
-def _files(folder: Path) -> list[Path]:
-    return pictures.picture_files(folder) if folder.is_dir() else []
+def _shuffle(found: list[Picture], wnid: str) -> list[Picture]:
+    return [found[i] for i in shuffled(len(found), "subset", wnid)]
 
 
-def _pools(source: Path, wnid: str, wanted: Mapping[str, int]) -> dict[str, tuple[Iterator[Path], int]]:
-    """For each split, the files to take from, in order, and how many to take; shared if there is no val folder."""
-    train = _shuffle(_files(source / "train" / wnid) or _files(source / wnid), wnid)
-    val = _shuffle(_files(source / "val" / wnid), wnid)
-    if val:
-        return {"train": (iter(train), wanted["train"]), "val": (iter(val), wanted["val"])}
-    one = iter(train)
-    share = len(train) * wanted["val"] // (wanted["train"] + wanted["val"])
-    return {"train": (one, wanted["train"]), "val": (one, min(wanted["val"], share))}
-
-
-def _shuffle(files: list[Path], wnid: str) -> list[Path]:
-    return [files[i] for i in shuffled(len(files), "subset", wnid)]
-
-
-def _take(files: Iterator[Path], count: int, folder: Path, record: _Record, roots: tuple[Path, Path]) -> int:
-    """Write up to `count` pictures to `folder` and into the record; returns how many."""
-    source, ready = roots
-    folder.mkdir(parents=True)
-    taken = 0
-    while taken < count and (path := next(files, None)) is not None:
-        origin = path.relative_to(source).as_posix()
-        try:
-            content = path.read_bytes()
-            picture = pictures.decode(content)
-        except (pictures.Unreadable, OSError) as error:
-            record.unreadable[origin] = str(error)
-            continue
-        digest = hashlib.sha256(content).hexdigest()
-        if digest in record.seen:
-            record.duplicates[origin] = record.seen[digest]
-            continue
-        record.seen[digest] = origin
-        target, entry = folder / path.name, {"from": origin, "sha256": digest}
-        if picture.mode != "RGB":
-            target, content = folder / f"{path.name}.png", _as_png(picture)
-            entry |= {"sha256": hashlib.sha256(content).hexdigest(), "converted": f"{picture.mode} to RGB"}
-        target.write_bytes(content)
-        record.files[target.relative_to(ready).as_posix()] = entry
-        taken += 1
-    return taken
+def _write(chosen: Chosen, ready: Path) -> tuple[Path, dict[str, Any]]:
+    """The file written, and its line of the manifest."""
+    folder, name, content = ready / chosen.split / chosen.wnid, chosen.source.name, chosen.content
+    target, entry = folder / name, {"from": chosen.source.origin, "sha256": chosen.digest}
+    if chosen.picture.mode != "RGB":
+        target, content = folder / f"{name}.png", _as_png(chosen.picture)
+        entry |= {"sha256": hashlib.sha256(content).hexdigest(), "converted": f"{chosen.picture.mode} to RGB"}
+    target.write_bytes(content)
+    return target, entry
 
 
 def _as_png(picture: Image) -> bytes:
