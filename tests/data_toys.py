@@ -43,11 +43,16 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def tgz(members: dict[str, bytes]) -> bytes:
+def tar(members: dict[str, bytes], mode: str = "w") -> bytes:
+    """An archive of files by name; mode `w:gz` packs it."""
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+    with tarfile.open(fileobj=out, mode=mode) as archive:  # type: ignore[call-overload]
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return out.getvalue()
+
+
+def tgz(members: dict[str, bytes]) -> bytes:
+    return tar(members, "w:gz")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_toys import tar
 from PIL import Image
 from scipy.io import savemat
 
@@ -27,16 +28,6 @@ def jpeg(number: int, mode: str = "RGB", kind: str = "JPEG") -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, shape)
     out = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8), mode).save(out, format=kind)
-    return out.getvalue()
-
-
-def tar(members: dict[str, bytes], mode: str = "w") -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode=mode) as archive:  # type: ignore[call-overload]
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
     return out.getvalue()
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_toys import tar
 from PIL import Image
-from test_data_ilsvrc import tar
 
 from casemate.data import build_dataset
 from casemate.data.imagenet10 import ImageNet10

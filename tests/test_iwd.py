@@ -76,6 +76,8 @@ def test_windows_that_cannot_be() -> None:
         measure(picture(0), picture(1), Windows(size=3), limit=99)
     with pytest.raises(UserError, match="N x C x H x W twice"):
         measure(picture(0), picture(1, n=2), Windows(size=3))
+    with pytest.raises(UserError, match="not finite"):
+        measure(picture(0), picture(1) / 0, Windows(size=3))
 
 
 # --- the exact value ------------------------------------------------------------------------------------------

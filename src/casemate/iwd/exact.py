@@ -59,10 +59,13 @@ def measure(x: Tensor, x_adv: Tensor, windows: Windows, limit: int = LIMIT) -> I
     """The exact distance of each pair of images N x C x H x W in [0, 1].
 
     One thread, on the CPU; time grows with count^2 * d for near pairs and about count^3 for unrelated ones. Raises
-    UserError on shapes that differ, and for more than `limit` patches (memory is 8 * count^2 bytes).
+    UserError on shapes that differ, on values that are not finite, and for more than `limit` patches (memory is
+    8 * count^2 bytes).
     """
     if x.shape != x_adv.shape or x.dim() != 4:
         raise UserError(f"images must be N x C x H x W twice; got {tuple(x.shape)} and {tuple(x_adv.shape)}")
+    if not (bool(x.isfinite().all()) and bool(x_adv.isfinite().all())):
+        raise UserError("images hold values that are not finite: they have no distance")
     before, after = (windows.prepare(images.detach().cpu().double()) for images in (x, x_adv))
     channels, height, width = before.shape[1:]
     count = len(windows.places(height, width))
