@@ -7,6 +7,7 @@ python -m pipeline check             validate params.yaml
 python -m pipeline ui                the MLflow page of the runs, on this machine only
 python -m pipeline runs rebuild      make the runs again from the committed reports, after a clone
 python -m pipeline runs find FILE    the runs that made an output of the pipeline
+python -m pipeline faithfulness      write docs/faithfulness.md: published figures beside those of the reports
 python -m pipeline versions [ROOM]   record the fingerprints of the shared code; raise the number of ROOMs
 """
 
@@ -153,6 +154,15 @@ def record_versions(rooms: list[str]) -> None:
     print(f"recorded; changed code: {', '.join(changed) or 'none'}; raised: {', '.join(rooms) or 'none'}")
 
 
+def faithfulness() -> None:
+    """Write docs/faithfulness.md anew: what was published of each method beside the committed reports."""
+    from casemate.reporting.faithfulness import page
+
+    path = ROOT / "docs" / "faithfulness.md"
+    path.write_text(page(ROOT / "reports"))
+    print(path.relative_to(ROOT))
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -169,6 +179,7 @@ def parse() -> argparse.Namespace:
     command = commands.add_parser("runs")
     command.add_argument("action", choices=("rebuild", "find"))
     command.add_argument("path", nargs="?", type=Path)
+    commands.add_parser("faithfulness")
     commands.add_parser("versions").add_argument("rooms", nargs="*")
     return parser.parse_args()
 
@@ -200,6 +211,8 @@ def dispatch(options: argparse.Namespace) -> None:
         ui(options.port)
     elif options.command == "runs":
         runs(options.action, options.path)
+    elif options.command == "faithfulness":
+        faithfulness()
     else:
         record_versions(options.rooms)
 

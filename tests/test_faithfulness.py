@@ -1,0 +1,55 @@
+"""The page of published figures: every method is on it, and it shows what the committed reports say."""
+
+import json
+import subprocess
+
+import pytest
+import yaml
+from project import ROOT
+
+from casemate.registry import names
+from casemate.reporting.faithfulness import page, published
+
+PAGE = ROOT / "docs" / "faithfulness.md"
+
+
+@pytest.mark.parametrize("kind", ["defense", "detector"])
+def test_what_is_described_is_registered(kind):
+    assert set(published()[f"{kind}s"]) <= set(names(kind))
+
+
+def test_a_method_without_published_figures_is_on_the_page(monkeypatch):
+    monkeypatch.setattr("casemate.reporting.faithfulness.names", lambda kind: ["at_pgd", "quite_new"])
+    monkeypatch.chdir(ROOT)
+    assert "### quite_new (`quite_new`)" in page(ROOT / "reports")
+
+
+def test_a_published_figure_keeps_its_place():
+    found = published()["defenses"]["l2l_da"].published[0]
+    assert (found.data, found.threat, found.clean, found.robust) == ("mnist", "linf 0.3", 98.47, 94.61)
+
+
+def test_ours_come_from_the_leaderboard(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    board = json.loads((ROOT / "reports" / "mnist" / "leaderboard.json").read_text())["rows"]
+    shown = page(ROOT / "reports")
+    for row in board:
+        line = next(line for line in shown.splitlines() if f"`mnist` {row['system']} |" in line)
+        assert f"**{100 * row['worst_core']:.2f}** (n {row['worst_core_n']:,})" in line
+    assert "Not in a committed report." in shown
+
+
+def test_the_page_is_that_of_the_committed_reports(monkeypatch):
+    command = ["git", "status", "--porcelain", "--", "reports"]
+    changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if changed.returncode != 0 or changed.stdout:
+        pytest.skip("the reports here are not those that are committed")
+    monkeypatch.chdir(ROOT)
+    assert PAGE.read_text() == page(ROOT / "reports"), "run: python -m pipeline faithfulness"
+
+
+def test_rates_are_rates():
+    raw = yaml.safe_load((ROOT / "src" / "casemate" / "published.yaml").read_text())
+    for methods in raw.values():
+        for about in methods.values():
+            assert all(0 <= row[5] <= 100 and (row[4] is None or 0 <= row[4] <= 100) for row in about["published"])
