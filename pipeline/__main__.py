@@ -67,11 +67,14 @@ def in_environment(*arguments: str) -> None:
 # --- the commands -------------------------------------------------------------------------------------------
 
 
-def run(profile: str | None, force: bool) -> None:
+def run(profile: str | None, seed: int | None, force: bool) -> None:
     """Set up, choose a profile if one is named, `dvc repro`, and say where the results are."""
+    if seed is not None and not profile:
+        sys.exit("error: --seed needs the profile's name; for the present params.yaml change its seed")
     set_up("pipeline")
     if profile:
-        in_environment("profile", profile, *(["--force"] if force else []))
+        seeded = [] if seed is None else ["--seed", str(seed)]
+        in_environment("profile", profile, *seeded, *(["--force"] if force else []))
     in_environment("check")
     if not (ROOT / ".git").exists():
         call(["git", "init", "-q"])
@@ -89,10 +92,10 @@ def test(tier: str) -> None:
     call([str(PYTHON), "-m", "pytest", "-m", marks, "-n", "2", "--dist", "loadfile"], OMP_NUM_THREADS="1")
 
 
-def write_profile(name: str, force: bool) -> None:
+def write_profile(name: str, seed: int | None, force: bool) -> None:
     from pipeline.profile import write
 
-    write(name, ROOT / "params.yaml", force=force)
+    write(name, ROOT / "params.yaml", seed=seed, force=force)
 
 
 def check() -> None:
@@ -171,6 +174,7 @@ def parse() -> argparse.Namespace:
     for name in ("run", "profile"):
         command = commands.add_parser(name)
         command.add_argument("profile", nargs="?" if name == "run" else None)
+        command.add_argument("--seed", type=int, help="a training seed of its own: the profile is called NAME_sSEED")
         command.add_argument("--force", action="store_true", help="replace a params.yaml that was edited by hand")
     commands.add_parser("test").add_argument("tier", nargs="?", default="unit", choices=TIERS)
     commands.add_parser("check")
@@ -187,7 +191,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if options.command == "run":
-        run(options.profile, options.force)
+        run(options.profile, options.seed, options.force)
     elif options.command == "test":
         test(options.tier)
     else:
@@ -202,7 +206,7 @@ def main() -> None:
 
 def dispatch(options: argparse.Namespace) -> None:
     if options.command == "profile":
-        write_profile(options.profile, options.force)
+        write_profile(options.profile, options.seed, options.force)
     elif options.command == "check":
         check()
     elif options.command == "summary":

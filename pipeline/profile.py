@@ -46,22 +46,25 @@ def merged(base: Any, change: Any) -> Any:
     return {**base, **{k: merged(base.get(k), v) for k, v in change.items()}}
 
 
-def text(name: str) -> str:
-    """What params.yaml says for a profile; validated."""
+def text(name: str, seed: int | None = None) -> str:
+    """What params.yaml says for a profile, validated; with a seed of its own it is called NAME_sSEED, so that its
+    models and reports lie beside those of other seeds."""
     content = resolved(name)
+    if seed is not None and seed != content["seed"]:
+        content = {**content, "profile": f"{name}_s{seed}", "seed": seed}
     check_params(content, f"profile {name}")
     body = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=118)
     return HEADER.format(name=name) + body
 
 
-def write(name: str, path: Path, *, force: bool = False) -> None:
+def write(name: str, path: Path, *, seed: int | None = None, force: bool = False) -> None:
     """Write the profile to `path`; a file edited by hand is replaced only with `force`."""
-    new = text(name)
-    if path.exists() and path.read_text() != new and not force:
-        old = path.read_text()
-        if not any(old == text(p.stem) for p in PROFILES.glob("*.yaml")):
+    new = text(name, seed)
+    if path.exists() and (old := path.read_text()) != new and not force:
+        was = (yaml.safe_load(old) or {}).get("seed")
+        if not any(old in (text(p.stem), text(p.stem, was)) for p in PROFILES.glob("*.yaml")):
             raise UserError(f"{path.name} was edited by hand; keep a copy, then repeat with --force to replace it")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(new)
     temporary.replace(path)
-    print(f"{path.name} now holds the profile {name}")
+    print(f"{path.name} now holds the profile {name}" + ("" if seed is None else f" with seed {seed}"))

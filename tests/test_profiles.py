@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from casemate.data import build_dataset
+from casemate.errors import UserError
 from casemate.networks.base import Normalise, build_network
 from casemate.params import load_params
 from casemate.registry import resolve
@@ -83,3 +84,17 @@ def test_the_ten_classes_are_trained_as_published() -> None:
         recipe = rows[name]["recipe"]
         assert (recipe["lr"], recipe["batch_size"], recipe["epochs"]) == (0.1, 128, 200)
     assert {row["method"] for row in rows.values()} == {"standard", "free", "at_pgd", "iwdd", "iwdd_plus_pgd"}
+
+
+def test_another_seed_has_a_folder_of_its_own_and_is_no_edit_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    profile.write("quick", path, seed=3)
+    params = load_params(path)
+    assert (params.profile, params.seed) == ("quick_s3", 3)
+    profile.write("quick", path)  # replaces what a command wrote
+    own = profile.resolved("quick")["seed"]
+    profile.write("quick", path, seed=own)
+    assert load_params(path).profile == "quick"
+    path.write_text(path.read_text().replace("budget: 1.0", "budget: 0.5"))
+    with pytest.raises(UserError, match="edited by hand"):
+        profile.write("quick", path, seed=3)

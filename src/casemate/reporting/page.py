@@ -21,6 +21,7 @@ from casemate.reporting.heatmap import heat_map
 from casemate.reporting.inputs import ReportInputs, Row
 from casemate.reporting.leaderboard import Leaderboard, build, champion
 from casemate.reporting.picture import leaderboard_picture
+from casemate.reporting.seeds import over_seeds
 from casemate.reporting.theme import WIDE, Draw, inline_svg, save_png, write_bytes
 
 HIDDEN_CARD_KEYS = frozenset({"classes"})
@@ -57,7 +58,7 @@ def write_overview(reports: Path, default: str = "mnist") -> Path:
     bars = [inline_svg(figures.worst_bars(b.entries), f"bars-{i}", _BARS) for i, b in enumerate(boards[:1])]
     page = _environment().get_template("overview.html.j2").render(
         boards=[(board, words.finding(board), champion(board)) for board in boards], bars=bars[0],
-        remarks=words.remarks(boards[0]),
+        remarks=words.remarks(boards[0]), seeds=over_seeds(boards),
     )  # fmt: skip
     write_bytes(reports / "index.html", page.encode())
     return reports / "index.html"
