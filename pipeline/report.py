@@ -34,15 +34,18 @@ def run(params: Params, options: argparse.Namespace) -> None:
 
 
 def crown(params: Params, best: Entry | None) -> Path | None:
-    """Put the champion's ONNX file and what it is into `models/<profile>/champion`; returns the file."""
+    """Put the champion's released file, its cards and what it is into `models/<profile>/champion`; returns the file.
+
+    A file that did not pass the release gate is none: `reporting.champion` leaves it out.
+    """
     folder = params.models_dir / "champion"
     temporary = folder.with_name(".champion.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    source = None if best is None else params.models_dir / "exported" / best.row / f"{best.mode}.onnx"
-    model = source if source is not None and source.exists() else None
+    source = None if best is None else params.models_dir / "released" / best.row / best.mode
+    model = source / "model.onnx" if source is not None and source.exists() else None
     if model is not None:
-        shutil.copyfile(model, temporary / "model.onnx")
+        shutil.copytree(model.parent, temporary, dirs_exist_ok=True)
     write_json(temporary / "champion.json", {
         "champion": best.system if best else None, "exported": model is not None,
         **({k: getattr(best, k) for k in KEPT} if best else {}),
@@ -56,6 +59,7 @@ def crown(params: Params, best: Entry | None) -> Path | None:
 KEPT = (
     "row", "mode", "method", "dataset", "network", "threat", "clean", "worst_core", "worst_core_low",
     "worst_core_high", "worst_core_n", "worst_all", "worst_all_low", "worst_all_high", "worst_all_n", "budget",
+    "release", "served",
 )  # fmt: skip
 
 

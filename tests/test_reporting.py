@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_reporting_samples import HOLDS, SEEMS, dump, evaluation, rows, system, write_images, write_profile
+from test_reporting_samples import HOLDS, SEEMS, dump, evaluation, release, rows, system, write_images, write_profile
 
 from casemate.errors import UserError
 from casemate.reporting import Leaderboard, ReportInputs, build, champion, words, write_overview, write_report
@@ -91,6 +91,19 @@ def test_the_champion_is_the_best_whose_gate_says_ok(tmp_path: Path) -> None:
     assert ranked.ranked[0].system == "trades" and best is not None and best.system == "at_pgd"
     assert [e.system for e in ranked.entries if e.champion] == ["at_pgd"]
     assert champion(board(tmp_path, *rows()[4:])) is None
+
+
+def test_a_file_that_fails_the_release_gate_is_no_champion(tmp_path: Path) -> None:
+    found = rows()
+    assert champion(board(tmp_path, *found)).system == "trades"  # type: ignore[union-attr]
+    dump(tmp_path / "release/trades.json", release(0.90, passed=False))
+    dump(tmp_path / "release/at_pgd.json", release(0.92, passed=True))
+    after = board(tmp_path, *found)
+    assert champion(after).system == "at_pgd"  # type: ignore[union-attr]
+    said = {e.system: (e.release, e.served) for e in after.entries}
+    assert said["trades"] == ("failed", 0.9) and said["at_pgd"] == ("passed", 0.92)
+    assert said["standard"] == ("not run", None)
+    assert [e.system for e in after.entries if e.champion] == ["at_pgd"]
 
 
 def test_rows_of_different_threat_models_do_not_share_a_ranking(tmp_path: Path) -> None:

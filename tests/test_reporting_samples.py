@@ -148,6 +148,7 @@ def write_profile(root: Path, found: list[dict[str, Any]], profile: str = "mnist
         dump(reports / "evaluate" / f"{name}.json", one | {"profile": profile})
         dump(reports / "train" / f"{name}.json", {"val_clean": 0.9881, "val_robust": 0.9432, "loss": 0.183})
         dump(reports / "export" / f"{name}.json", parity(name))
+        dump(reports / "release" / f"{name}.json", release(0.9, passed=name != "standard"))
         write_curves(reports / "curves" / f"{name}.csv", at)
         if at < 4:
             write_images(models / "evaluated" / name / "adversarial.npz", purified=name == "atld", seed=at)
@@ -166,6 +167,15 @@ def parity(row: str) -> dict[str, Any]:
         {"name": "prediction agreement", "value": 0.9998, "bound": 0.995, "passed": True},
     ]  # fmt: skip
     return {"row": row, "files": [{"file": f"{row}.onnx", "form": "plain", "passed": True, "numbers": numbers}]}
+
+
+def release(left: float, *, passed: bool) -> dict[str, Any]:
+    """`release/ROW.json` with one file, plain."""
+    served = rate(left, 500) | {"attacks": ["stored", "square"]}
+    return {"schema": 1, "row": "x", "margin": 0.02, "queries": 1000, "steps": 100, "seed": 0, "files": {"plain": {
+        "sha256": "ab", "form": "plain", "variant": "float32", "passed": passed, "served": served,
+        "table": rate(0.93, 500), "left": {"stored": 0.95, "square": left}, "failed": [] if passed else ["served"],
+    }}}  # fmt: skip
 
 
 def write_curves(path: Path, at: int) -> None:

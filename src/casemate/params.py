@@ -17,7 +17,7 @@ from casemate import registry
 from casemate.errors import UserError, near
 from casemate.evaluation.detection_schema import DetectParams
 from casemate.evaluation.schema import EvaluateParams
-from casemate.fields import Count, Flag, Natural, Positive, Radius, Seed, Text
+from casemate.fields import Count, Flag, Natural, Positive, Radius, Seed, Text, Unit
 from casemate.training.recipe import Recipe
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
@@ -108,6 +108,19 @@ class Export(Section):
     parity_images: Count = 1000
 
 
+class Release(Section):
+    """The gate that an exported file must pass: it is attacked as it is served, by black-box attacks and transfer."""
+
+    margin: Unit = 0.02
+    """How far its robust accuracy may fall under the evaluation's worst case on the same images."""
+    images: Count = 500
+    """At most those that the evaluation's worst case is of."""
+    queries: Count = 1000
+    """Of Square and of RayS, for each image."""
+    steps: Count = 100
+    """Of APGD on the PyTorch system, whose images are then sent to the file."""
+
+
 class Tracking(Section):
     experiment: Text = "casemate"
 
@@ -135,6 +148,7 @@ class Params(Section):
     detect: dict[Name, DetectParams] = {}
     """Detectors, by the row that they stand behind."""
     export: Export = Export()
+    release: Release = Release()
     tracking: Tracking = Tracking()
 
     @field_validator("dataset")

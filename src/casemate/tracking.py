@@ -297,6 +297,21 @@ def set_champion(store: Path, experiment: str, registered: str, digest: str | No
     return str(best.version)
 
 
+def describe(store: Path, experiment: str, registered: str, digest: str, tags: Mapping[str, str], text: str) -> None:
+    """Put tags and a Markdown description on every registered version of the file with this MD5; a store that cannot
+    be reached costs a warning."""
+    try:
+        client, _ = connect(store, experiment)
+        for version in client.search_model_versions(f"name = '{registered}'"):
+            if version.tags.get("dvc.out.md5") != digest:
+                continue
+            for key, value in tags.items():
+                client.set_model_version_tag(registered, version.version, key, value)
+            client.update_model_version(registered, version.version, text)
+    except Exception as error:  # a log must never cost a stage, whatever its client raises
+        warn(f"MLflow has no description of {registered}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+
+
 def rebuild(store: Path, experiment: str, reports: Path, say: Any = print) -> int:
     """Make runs from the committed cards of every profile, so that the UI is not empty after a clone.
 

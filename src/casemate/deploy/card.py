@@ -94,14 +94,14 @@ class Card(Part):
     """What a released file is, and what was measured on it.
 
     form: "plain", "imt" and so on: what the file does besides the classifier's forward pass. variant: "float32", or
-    the precision that it was changed to afterwards. size: bytes. verdict: the masking gate's word on the evaluation behind
-    `robust`. `robust` has the evaluation's adaptive worst case by suite, "all" being that over every suite.
-    gate is None where the file has not been through the release gate.
+    the precision that it was changed to afterwards. size: bytes. robust: the evaluation's adaptive worst case by
+    suite, "all" being that over every suite. verdict: the masking gate's word on that evaluation. gate is None where
+    the file has not been through the release gate.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    card_schema: Literal["casemate-card/1"] = Field(SCHEMA, alias="schema")
+    card_schema: Literal["casemate-card/1"] = Field(default=SCHEMA, alias="schema")
     file: str
     sha256: str
     size: int

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from casemate.errors import UserError
 
 SCHEMA = "casemate/1"
-Form = Literal["plain", "imt", "limited"]
+Form = Literal["plain", "imt", "limited", "ensemble"]
+Variant = Literal["float32", "float16", "int8"]
+FORMS: tuple[Form, ...] = get_args(Form)
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 Layout = Literal["float32-nchw", "uint8-nhwc"]
 RANGES: dict[Layout, str] = {"float32-nchw": "[0, 1]", "uint8-nhwc": "[0, 255]"}
 
@@ -33,13 +36,20 @@ class About:
 
 @dataclass(frozen=True)
 class Metadata:
-    """The whole: `About`, the form, and how images go in. `purification` is the `spec` of IMT, empty for plain."""
+    """The whole: `About`, the form, and how images go in.
+
+    purification: the `spec` of IMT, else empty. ensemble: of a randomised system {"draws", "noise", "seed"}, else
+    empty. detector: the `spec` of the detector behind it, else empty. variant: what was made of the float32 file.
+    """
 
     about: About
     form: Form
     input_shape: tuple[int, int, int]
     layout: Layout
     purification: Mapping[str, Any] = field(default_factory=dict)
+    ensemble: Mapping[str, Any] = field(default_factory=dict)
+    detector: Mapping[str, Any] = field(default_factory=dict)
+    variant: Variant = "float32"
 
     def strings(self) -> dict[str, str]:
         """Key -> text, sorted, for `metadata_props`."""
@@ -52,6 +62,12 @@ class Metadata:
             "purification": json.dumps(dict(self.purification), sort_keys=True),
             "band": json.dumps(self.purification.get("band")),
         }  # fmt: skip
+        if self.ensemble:
+            values["ensemble"] = json.dumps(dict(self.ensemble), sort_keys=True)
+        if self.detector:
+            values["detector"] = json.dumps(dict(self.detector), sort_keys=True)
+        if self.variant != "float32":
+            values["variant"] = self.variant
         return dict(sorted(values.items()))
 
     @classmethod
@@ -70,11 +86,15 @@ class Metadata:
             form, layout = strings["form"], strings["input_layout"]
             channels, height, width = map(int, json.loads(strings["input_shape"]))
             purification = dict(json.loads(strings["purification"]))
+            ensemble, detector = (dict(json.loads(strings.get(key, "{}"))) for key in ("ensemble", "detector"))
+            variant = strings.get("variant", "float32")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{where}: its metadata are damaged ({error!r}); export it again") from None
-        if form not in ("plain", "imt", "limited") or layout not in ("float32-nchw", "uint8-nhwc"):
-            raise UserError(f"{where}: unknown form {form!r} or input layout {layout!r}; export it again")
-        return cls(about, form, (channels, height, width), layout, purification)  # type: ignore[arg-type]
+        if form not in FORMS or layout not in RANGES or variant not in VARIANTS:
+            raise UserError(
+                f"{where}: unknown form {form!r}, input layout {layout!r} or variant {variant!r}; export it again"
+            )
+        return cls(about, form, (channels, height, width), layout, purification, ensemble, detector, variant)
 
 
 def about_card(card: Mapping[str, Any], row: str) -> About:

@@ -193,6 +193,26 @@ class Parity(Record):
     files: tuple[ParityFile, ...] = ()
 
 
+class Released(Record):
+    """What the release gate found on one exported file: `served` is left of it attacked as it is served, `table` what
+    the evaluation leaves of the same images, `left` the share that still stands after each attack in turn."""
+
+    passed: bool
+    variant: str = "float32"
+    served: Rate
+    table: Rate | None = None
+    left: dict[str, float] = Field(default_factory=dict)
+    failed: tuple[str, ...] = ()
+
+
+class Releases(Record):
+    """`release/ROW.json`: the files by inference mode, a changed precision after a dot."""
+
+    margin: float
+    queries: int
+    files: dict[str, Released] = Field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Row:
     """Everything known about one row of the profile; only the evaluation must exist."""
@@ -202,6 +222,7 @@ class Row:
     curves: dict[str, list[float | None]] = field(default_factory=dict)
     """Column -> one value per epoch; None where the file leaves a value out."""
     parity: Parity | None = None
+    releases: Releases | None = None
     gallery: Path | None = None
     """`adversarial.npz`, or None."""
 
@@ -245,13 +266,14 @@ def _row(reports: Path, models: Path, name: str) -> Row:
     evaluation = read(Evaluation, reports / "evaluate" / f"{name}.json")
     if evaluation.schema_ != 1:
         raise UserError(f"evaluate/{name}.json has schema {evaluation.schema_}, not 1: run the evaluate stage again")
-    train, export = reports / "train" / f"{name}.json", reports / "export" / f"{name}.json"
+    train, export, release = (reports / stage / f"{name}.json" for stage in ("train", "export", "release"))
     curves, gallery = reports / "curves" / f"{name}.csv", models / "evaluated" / name / "adversarial.npz"
     return Row(
         evaluation,
         train=read(_Metrics, train).model_dump() if train.exists() else {},
         curves=read_curves(curves) if curves.exists() else {},
         parity=read(Parity, export) if export.exists() else None,
+        releases=read(Releases, release) if release.exists() else None,
         gallery=gallery if gallery.exists() else None,
     )
 

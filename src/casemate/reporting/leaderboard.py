@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from casemate.errors import UserError
-from casemate.reporting.inputs import Cell, Evaluated, Evaluation, Rate, ReportInputs, Verdict
+from casemate.reporting.inputs import Cell, Evaluated, Evaluation, Rate, ReportInputs, Row, Verdict
 
 Status = Literal["ranked", "untrained", "not evaluated", "incomplete", "unreliable"]
 STATUSES: tuple[Status, ...] = get_args(Status)
+Release = Literal["passed", "failed", "not run"]
+"""The release gate on the system's exported file; not run where it is not exported."""
 FIGURES = ("clean", "worst_core", "worst_all", "static_worst")
 
 
@@ -25,7 +27,8 @@ class Entry:
 
     `worst_core` and `worst_all` are adaptive worst cases, `static_worst` and `gap` (static minus adaptive) are over
     all suites. `strongest_attack` leaves the lowest accuracy under the row's threat model. `attacks` make up
-    `worst_all`; `forwards` and `backwards` are the passes that they spend on one image, all together.
+    `worst_all`; `forwards` and `backwards` are the passes that they spend on one image, all together. `served` is
+    left of the exported file attacked as it is served.
     """
 
     rank: int | None
@@ -67,6 +70,8 @@ class Entry:
     backwards: float | None
     threat: str
     radius: float
+    release: Release = "not run"
+    served: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,12 +121,11 @@ class Leaderboard:
 def build(inputs: ReportInputs) -> Leaderboard:
     """Rank the systems of every row. Raises UserError if rows were attacked under different threat models or on
     different datasets: their figures cannot share a ranking."""
-    evaluations = [row.evaluation for row in inputs.rows]
-    conditions = {(e.dataset, e.threat.text): e.row for e in evaluations}
+    conditions = {(e.dataset, e.threat.text): e.row for e in (row.evaluation for row in inputs.rows)}
     if len(conditions) > 1:
         listed = "; ".join(f"{row}: {dataset}, {threat}" for (dataset, threat), row in conditions.items())
         raise UserError(f"profile {inputs.profile!r}: one leaderboard, one dataset and threat model, not {listed}")
-    entries = [_entry(e, s) for e in evaluations for s in e.systems]
+    entries = [_entry(row, system) for row in inputs.rows for system in row.evaluation.systems]
     ranked = sorted((e for e in entries if e.status == "ranked"), key=_order)
     placed = [dataclasses.replace(e, rank=i) for i, e in enumerate(ranked, start=1)]
     rest = sorted((e for e in entries if e.status != "ranked"), key=lambda e: (STATUSES.index(e.status), _order(e)))
@@ -131,8 +135,9 @@ def build(inputs: ReportInputs) -> Leaderboard:
 
 
 def champion(leaderboard: Leaderboard) -> Entry | None:
-    """The best adaptive worst case among ranked systems whose evaluation the gate found sound."""
-    return next((e for e in leaderboard.ranked if e.verdict == "ok"), None)
+    """The best adaptive worst case among ranked systems whose evaluation the masking gate found sound, and whose
+    exported file, if there is one, passed the release gate."""
+    return next((e for e in leaderboard.ranked if e.verdict == "ok" and e.release != "failed"), None)
 
 
 def _order(entry: Entry) -> tuple[float, float, float, str]:
@@ -160,11 +165,12 @@ def strongest(evaluation: Evaluation, system: Evaluated) -> Cell | None:
     return min(same, key=lambda c: (c.accuracy, -c.n, c.attack), default=None)
 
 
-def _entry(evaluation: Evaluation, system: Evaluated) -> Entry:
+def _entry(row: Row, system: Evaluated) -> Entry:
+    evaluation = row.evaluation
     everything, static = system.worst_case("all", "adaptive"), system.worst_case("all", "static")
     hardest = strongest(evaluation, system)
     gap = None if everything is None or static is None else _round(static.accuracy - everything.accuracy)
-    card = evaluation.card
+    card, file = evaluation.card, None if row.releases is None else row.releases.files.get(system.mode)
     return Entry(
         rank=None, system=system.name, row=evaluation.row, mode=system.mode, method=evaluation.method,
         dataset=evaluation.dataset, network=evaluation.network, status=status(evaluation, system), champion=False,
@@ -179,6 +185,8 @@ def _entry(evaluation: Evaluation, system: Evaluated) -> Entry:
         attack_seed=evaluation.seed, budget=evaluation.budget,
         forwards=_total(c.forwards for c in system.cells), backwards=_total(c.backwards for c in system.cells),
         threat=evaluation.threat.text, radius=evaluation.threat.radius,
+        release="not run" if file is None else "passed" if file.passed else "failed",
+        served=None if file is None else _round(file.served.accuracy),
     )  # fmt: skip
 
 
