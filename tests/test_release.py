@@ -187,7 +187,8 @@ def evaluated(plain: TorchSystem, data: EvaluationSet, tmp_path_factory: pytest.
         "l2": {"attack": "pgd", "options": {"steps": 5}, "threat": {"norm": "l2", "radius": 0.5}},
     }  # fmt: skip
     params = EvaluateParams.model_validate({
-        "chunk": 50, "subset": 50, "gate": None, "sweep": {"attack": "pgd", "options": {"steps": 2}, "radii": [0.5], "images": 50},
+        "chunk": 50, "subset": 50, "gate": None,
+        "sweep": {"attack": "pgd", "options": {"steps": 2}, "radii": [0.5], "images": 50},
         "suites": {"core": {"images": 100, "attacks": {"pgd": cells["pgd"]}},
                    "extended": {"images": 60, "attacks": {k: cells[k] for k in ("fgsm", "l2")}}},
     })  # fmt: skip

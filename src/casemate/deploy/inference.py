@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from casemate.deploy.decompositions import ConvMode
+from casemate.deploy.ensemble import Ensemble, Noise
 from casemate.deploy.fold import forward_graph
 from casemate.deploy.gradient_graph import gradient_graph
 from casemate.deploy.metadata import Layout
@@ -38,6 +39,37 @@ class PlainInference(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         logits = self.classifier(self.front(image))
         return logits, logits.softmax(-1)
+
+
+class EnsembleInference(nn.Module):
+    """image -> (logits N x classes, probabilities N x classes) of the mean softmax over draws of noise."""
+
+    outputs = values = ("logits", "probabilities")
+
+    def __init__(self, ensemble: Ensemble, sample: Tensor, layout: Layout, noise: Noise) -> None:
+        super().__init__()
+        self.front = Front(layout)
+        # the tracing takes equal calls for one, and each draw of noise is one of its own
+        self.ensemble = forward_graph(ensemble, sample) if noise == "seeded" else ensemble
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        logits = self.ensemble(self.front(image))
+        return logits, logits.softmax(-1)
+
+
+class DetectorInference(nn.Module):
+    """image -> (logits, probabilities, detector (N,)): log odds of "adversarial" less the threshold, so that an image
+    is to be rejected where `detector` is above 0."""
+
+    outputs = values = ("logits", "probabilities", "detector")
+
+    def __init__(self, readout: nn.Module, sample: Tensor, layout: Layout) -> None:
+        super().__init__()
+        self.front, self.readout = Front(layout), forward_graph(readout, sample)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        odds, logits = self.readout(self.front(image))
+        return logits, logits.softmax(-1), odds
 
 
 class ImtInference(nn.Module):

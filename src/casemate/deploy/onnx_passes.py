@@ -70,6 +70,8 @@ def _gemm(product: Any, other: Any) -> Any:
 
 
 def _scalar(value: Any) -> float | None:
+    if value is None:  # an input that is left out
+        return None
     constant = ir.convenience.get_const_tensor(value)
     return float(constant.numpy()) if constant is not None and constant.size == 1 else None
 

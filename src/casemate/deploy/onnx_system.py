@@ -15,9 +15,10 @@ from torch import Tensor
 from casemate.deploy.metadata import Layout, Metadata
 from casemate.deploy.session import Device, first_line, open_session
 from casemate.errors import UserError
-from casemate.system import Offer, System, View
+from casemate.system import REJECT, Offer, System, View
 from casemate.threat import TOLERANCE
 
+DETECTOR = "detector"
 MOST = 500  # images per run of the session
 SCORES: frozenset[Offer] = frozenset({"scores", "labels"})
 
@@ -50,7 +51,10 @@ class OnnxSystem(System):
         self.outputs: list[str] = [output.name for output in self.session.get_outputs()]
         self.scores, self.num_classes = self._trial()
         self.offers = SCORES
-        self.changes_inference = self.metadata is not None and self.metadata.form != "plain"
+        self.rejects = self.metadata is not None and bool(self.metadata.detector)
+        self.changes_inference = self.metadata is not None and (self.metadata.form != "plain" or self.rejects)
+        # its answers differ from run to run: an attack cannot average over draws that it is not offered
+        self.stochastic = self.metadata is not None and self.metadata.ensemble.get("noise") == "random"
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -71,9 +75,19 @@ class OnnxSystem(System):
         parts = [self._batch(images[at : at + size], names) for at in range(0, max(len(images), 1), size)]
         return {name: np.concatenate([part[at] for part in parts]) for at, name in enumerate(names)}
 
+    def decide(self, x: Tensor) -> Tensor:
+        """(N,) labels; -1 where the file's detector flags the image."""
+        if not self.rejects:
+            return super().decide(x)
+        found = self.run(x.detach().cpu().numpy(), [self.scores, DETECTOR])
+        labels = torch.from_numpy(found[self.scores].argmax(1))
+        return torch.where(torch.from_numpy(found[DETECTOR]) > 0, REJECT, labels).to(x.device)
+
     def views(self) -> dict[str, View]:
-        """ "adaptive" is what the file decides; "static", too, where nothing but a classifier is in it."""
-        adaptive = View("adaptive", self.logits, True, SCORES, (1, 0))
+        """ "adaptive" is what the file answers; "static", too, where nothing but a classifier is in it. It is what
+        the file decides, unless a detector has a say or the answer is noisy."""
+        exact = not (self.rejects or self.stochastic)
+        adaptive = View("adaptive", self.logits, exact, SCORES, (1, 0), self.decide)
         if self.changes_inference:
             return {"adaptive": adaptive}
         return {"static": View("static", self.logits, True, SCORES, (1, 0)), "adaptive": adaptive}

@@ -14,7 +14,8 @@ from casemate.deploy.metadata import Metadata
 from casemate.deploy.session import open_session
 from casemate.errors import UserError
 from casemate.purification.imt import IMT
-from casemate.system import TorchSystem
+from casemate.randomised import RandomisedSystem
+from casemate.system import REJECT, TorchSystem
 
 INNER = ("purified", "gradient")
 
@@ -31,13 +32,15 @@ class Sides:
         self.metadata, self.device = metadata, system.device
         self.names: list[str] = [output.name for output in self.session.get_outputs()]
         self.input: str = self.session.get_inputs()[0].name
-        self.system, double = prepare(system, metadata.form), prepare(system, metadata.form)
-        self.classifier32 = self.system.classifier.to(self.device)
-        self.classifier64 = double.classifier.to(self.device).double()
+        self.noisy = metadata.ensemble.get("noise") == "random"
+        self.system, self.double = self._prepared(system), self._prepared(system)
+        for side in (self.system, self.double):
+            for module in (side.classifier, *(side.detector.modules if side.detector else ())):
+                module.to(self.device, torch.float32 if side is self.system else torch.float64)
         self.imt32: IMT | None = None
         self.imt64: IMT | None = None
-        if isinstance(self.system.purification, IMT) and isinstance(double.purification, IMT):
-            self.imt32, self.imt64 = self.system.purification, double.purification
+        if isinstance(self.system.purification, IMT) and isinstance(self.double.purification, IMT):
+            self.imt32, self.imt64 = self.system.purification, self.double.purification
             self.imt32.critic.to(self.device)
             self.imt64.critic.to(self.device).double()
 
@@ -51,14 +54,50 @@ class Sides:
         """The images that the file sees: for a uint8 input, rounded to grey levels."""
         return x if self.metadata.layout == "float32-nchw" else (x * 255).round() / 255
 
-    def logits(self, x: Tensor) -> Tensor:
-        """What the system says in float32, purification included."""
-        return self.system.logits(x.to(self.device)).cpu()
+    def decide(self, x: Tensor) -> Tensor:
+        """(N,) labels of the system in float32, purification included; -1 where its detector flags the image. Of a
+        randomised system those of one answer."""
+        x = x.to(self.device)
+        if self.system.detector is not None:
+            return self.system.decide(x).cpu()
+        return self.system.logits(x).argmax(1).cpu()
+
+    def decisions(self, x: Tensor) -> Tensor:
+        """The same of the file."""
+        found = self.onnx(x, "logits", *(["detector"] if self.system.detector else []))
+        labels = found["logits"].argmax(1)
+        return torch.where(found["detector"] > 0, REJECT, labels) if "detector" in found else labels
 
     def classify(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the classifier alone, in float32 and in float64."""
+        """Logits of the classifier alone, its ensemble of draws included, in float32 and in float64."""
         x = x.to(self.device)
-        return self.classifier32(x).cpu(), self.classifier64(x.double()).cpu()
+        if isinstance(self.system, RandomisedSystem):
+            return self.system.logits(x).cpu(), self.double.logits(x.double()).cpu()
+        return self.system.classifier(x).cpu(), self.double.classifier(x.double()).cpu()
+
+    def odds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The detector's log odds less its threshold (N,), in float32 and in float64."""
+        assert self.system.detector is not None and self.double.detector is not None
+        x = x.to(self.device)
+        return self.system.detector.readout(x)[0].cpu(), self.double.detector.readout(x.double())[0].cpu()
+
+    def answers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Two answers of a randomised system with noise of their own (logits N x classes)."""
+        system = self.system
+        assert isinstance(system, RandomisedSystem)
+        other = RandomisedSystem(
+            system.classifier, input_shape=system.input_shape, num_classes=system.num_classes,
+            ensemble=system.ensemble, seed=system.seed + 1,
+        )  # fmt: skip
+        x = x.to(self.device)
+        return system.logits(x).cpu(), other.logits(x).cpu()
+
+    def _prepared(self, system: TorchSystem) -> TorchSystem:
+        """A copy in the form of the file, with as many draws."""
+        made = prepare(system, self.metadata.form)
+        if isinstance(made, RandomisedSystem):
+            made.ensemble = int(self.metadata.ensemble["draws"])
+        return made
 
 
 def readout(imt: IMT, x: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
