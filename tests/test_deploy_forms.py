@@ -161,22 +161,21 @@ def test_a_detector_that_is_no_fixed_function_is_refused(classifier: Classifier,
 
 
 def systems(name: str) -> list[tuple[str, System]]:
-    """An untrained system of a registered defense in each of its modes."""
-    threat = ThreatModel("linf", 0.1)
+    """An untrained system of a registered defense in each of its modes, on a network that suits them all."""
+    threat, shape = ThreatModel("linf", 0.1), (1, 28, 28)
     made = registry.resolve("defense", name)()
-    network = NETWORKS.get(name, "digits_cnn")
     task = Task(
-        input_shape=SHAPE, num_classes=10, threat=threat, seed=0, player=Recipe(epochs=1, batch_size=8, lr=0.01).player,
-        network=lambda: build_network(network, input_shape=SHAPE, num_classes=10),
+        input_shape=shape, num_classes=10, threat=threat, seed=0,
+        player=Recipe(epochs=1, batch_size=8, lr=0.01).player,
+        network=lambda: build_network("er_conv", input_shape=shape, num_classes=10),
     )  # fmt: skip
     modules = made.modules(task)
     return [
-        (mode, made.system(modules, mode, input_shape=SHAPE, num_classes=10, threat=threat))
+        (mode, made.system(modules, mode, input_shape=shape, num_classes=10, threat=threat))
         for mode in made.inference_modes
     ]
 
 
-NETWORKS: dict[str, str] = {}
 SEARCHES = {("defense_gan", "gan")}
 
 

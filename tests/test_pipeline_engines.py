@@ -111,7 +111,21 @@ def test_a_gpu_that_is_absent_is_said(smoke: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["download", "subset", "pretrain", "train", "tune", "finetune", "evaluate", "detect", "export", "report"]
+    "stage",
+    [
+        "download",
+        "subset",
+        "pretrain",
+        "train",
+        "tune",
+        "finetune",
+        "evaluate",
+        "detect",
+        "export",
+        "export_detectors",
+        "release",
+        "report",
+    ],
 )
 def test_every_stage_has_help(stage: str, smoke: Project) -> None:
     done = smoke.python("-m", f"pipeline.{stage}", "--help")

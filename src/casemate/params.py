@@ -106,6 +106,15 @@ class Export(Section):
     purified: Flag = True
     """Offer the purified images as an output."""
     parity_images: Count = 1000
+    noise: Literal["seeded", "random"] = "seeded"
+    """Of a randomised system: constants of the file, or drawn by the runtime."""
+    draws: Count | None = None
+    """How many draws of noise its answer is the mean of; by default what the defense says."""
+    variants: list[Literal["float16", "int8"]] = []
+    """Made beside each file, each with a robust accuracy of its own."""
+    attack_images: Count = 200
+    attack_queries: Count = 500
+    """What that is measured with, beside the stored adversarial images: Square and RayS on so many images."""
 
 
 class Release(Section):

@@ -63,14 +63,15 @@ class Fallen:
 
 def attack_file(
     file: OnnxSystem, x: Tensor, y: Tensor, threat: ThreatModel, search: Search = Search(), *,
-    source: System | None = None, stored: Tensor | None = None, progress: Callable[[str], None] | None = None,
+    source: System | None = None, attacks: Mapping[str, Attack] | None = None, stored: Tensor | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Fallen:  # fmt: skip
     """What falls of images `x` (N x C x H x W in [0, 1]) with labels `y` (N,) inside `threat`.
 
     First `stored`, adversarial images like `x` that an evaluation kept (one that lies outside the ball counts for
-    nothing); then APGD on the adaptive view of `source`, or its own procedures where no view meets the whole system;
-    then Square, and in linf RayS, which ask nothing but the file. A file that takes grey levels is attacked within
-    the whole levels of a linf ball, so that rounding leads out of none.
+    nothing); then `attacks` on the adaptive view of `source`, by default APGD, or its own procedures where no view
+    meets the whole system; then Square, and in linf RayS, which ask nothing but the file. A file that takes grey
+    levels is attacked within the whole levels of a linf ball, so that rounding leads out of none.
     """
     threat = reachable(threat, file)
     clean = (_decided(file, x) != y).cpu().numpy()  # to reject a clean image is an error, too
@@ -94,9 +95,9 @@ def attack_file(
 
     if stored is not None:
         tried("stored", lambda part, at, seed: stored[at])
-    for name, attack in {} if source is None else crafted(source, search).items():
-        assert source is not None
-        tried(f"transfer of {name}", by(attack, source))
+    if source is not None:
+        for name, attack in (attacks or crafted(source, search)).items():
+            tried(f"transfer of {name}", by(attack, source))
     tried("square", by(Square(queries=search.queries), file))
     if threat.norm in RayS.norms:
         tried("rays", by(RayS(queries=search.queries), file))
