@@ -169,6 +169,39 @@ def evaluate(
             temporary.replace(out)
 
 
+@app.command("export-repository")
+def export_repository(
+    models: Annotated[list[Path], typer.Argument(help="Released folders, such as models/mnist/champion.")],
+    out: Annotated[Path, typer.Option(help="The folder of the repository.")],
+    engine: Annotated[str, typer.Option(help="triton or mlserver.")] = "triton",
+    max_batch: Annotated[int, typer.Option(min=1, help="Images that the server may put together.")] = 64,
+    delay: Annotated[float, typer.Option(min=0, help="Milliseconds that it may wait for them.")] = 2.0,
+) -> None:
+    """Released files as another server's model repository, each checked against its card first."""
+    with one_line_errors("interrupted; run the same command again"):
+        from casemate.deploy.repository import write_repository
+
+        if engine == "triton":
+            made = write_repository(models, out, "triton", max_batch=max_batch, delay_ms=delay)
+        elif engine == "mlserver":
+            made = write_repository(
+                models, out, "mlserver", max_batch=max_batch, delay_ms=delay, save_model=_save_model()
+            )
+        else:
+            raise UserError(f"--engine {engine}: known are triton and mlserver")
+        for folder in made:
+            typer.echo(str(folder))
+
+
+def _save_model() -> Any:
+    """What writes an MLflow model; None where MLflow is not installed."""
+    from importlib.util import find_spec
+
+    from casemate import tracking
+
+    return tracking.save_onnx if find_spec("mlflow") else None
+
+
 @app.command()
 def distances(
     images: Annotated[Path, typer.Argument(help="adversarial.npz of an evaluated row.")],

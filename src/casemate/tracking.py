@@ -297,6 +297,29 @@ def set_champion(store: Path, experiment: str, registered: str, digest: str | No
     return str(best.version)
 
 
+def save_onnx(path: Path, folder: Path) -> None:
+    """An ONNX file as an MLflow model in a folder of its own, weights inside, for servers that load MLflow models."""
+    import mlflow.onnx
+    import numpy as np
+    import onnx
+    import onnxruntime
+    from mlflow.models import infer_signature
+
+    _quiet()
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    taken = session.get_inputs()[0]
+    kind = np.uint8 if taken.type == "tensor(uint8)" else np.float32
+    example = np.zeros((1, *taken.shape[1:]), kind)
+    answers = session.run(None, {taken.name: example})
+    outputs = {output.name: answer for output, answer in zip(session.get_outputs(), answers, strict=True)}
+    mlflow.onnx.save_model(
+        onnx.load(str(path)), str(folder), signature=infer_signature({taken.name: example}, outputs),
+        onnx_execution_providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
+        pip_requirements=[f"mlflow=={mlflow.__version__}", f"onnx=={onnx.__version__}", "onnxruntime"],
+        save_as_external_data=False,
+    )  # fmt: skip
+
+
 def describe(store: Path, experiment: str, registered: str, digest: str, tags: Mapping[str, str], text: str) -> None:
     """Put tags and a Markdown description on every registered version of the file with this MD5; a store that cannot
     be reached costs a warning."""
