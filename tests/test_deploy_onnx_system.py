@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 import casemate
 from casemate.attacks.gradient import PGD
 from casemate.attacks.transfer import Transfer
+from casemate.deploy import session
 from casemate.deploy.export import ExportOptions, export_system
 from casemate.deploy.onnx_system import OnnxSystem
 from casemate.deploy.session import open_session
@@ -183,12 +184,13 @@ def test_images_of_another_shape_are_refused(plain: Path) -> None:
 def test_a_gpu_that_is_not_there(
     plain: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    if torch.cuda.is_available():
+    assert session.gpu_present() == torch.cuda.is_available()
+    if session.gpu_present():
         assert open_session(plain, "cuda").get_providers()[0] == "CUDAExecutionProvider"
         return
     with pytest.raises(UserError, match=r"GPU|CUDA"):
         open_session(plain, "cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # PyTorch can, the runtime cannot
+    monkeypatch.setattr(session, "gpu_present", lambda: True)  # the driver can, the runtime cannot
     assert OnnxSystem(plain, "auto").provider == "CPUExecutionProvider"
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(UserError, match="no CUDA provider"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from casemate.deploy.predict import load as load
+    from casemate.loading import load as load
 
 __all__ = ["load"]
 
@@ -13,7 +13,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     """`casemate.load` without importing a runtime until it is used."""
     if name == "load":
-        from casemate.deploy.predict import load
+        from casemate.loading import load
 
         return load
     raise AttributeError(f"module 'casemate' has no attribute {name!r}")

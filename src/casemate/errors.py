@@ -10,6 +10,12 @@ class UserError(Exception):
     """A mistake in what the user gave: one line that names the thing and the mend."""
 
 
+def shorten(text: str, most: int = 80) -> str:
+    """What somebody gave, fit for a line of a message: printable, and not longer than `most` characters."""
+    shown = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
+    return shown if len(text) <= most else f"{shown[:most]}... ({len(text):,} characters)"
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: `; did you mean 'trades'?`, else the list of what exists."""
     known = sorted(known)

@@ -1,4 +1,5 @@
-"""The MLflow recorder: one run per pipeline, a child per stage. Only `pipeline/` imports this module.
+"""The MLflow recorder: one run per pipeline, a child per stage; and the registry's models. Besides `pipeline/` only
+`casemate.loading` imports this module, where a model of the registry is asked for.
 
 MLflow is a log and never an input: a server that cannot be reached costs a warning, not a training.
 """
@@ -10,15 +11,19 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+from casemate.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from casemate.params import Params
@@ -272,6 +277,56 @@ def find_runs(store: Path, experiment: str, digest: str) -> list[Any]:
     """The runs that made the DVC output with this MD5, newest first."""
     client, known = connect(store, experiment)
     return list(client.search_runs([known], f"tags.`dvc.out.md5` = '{digest}'"))
+
+
+# --- the registry -------------------------------------------------------------------------------------------
+
+
+REFERENCE = re.compile(r"(?P<name>[\w][\w .-]{0,199})(?:@(?P<alias>[\w-]{1,100})|/(?P<version>[0-9]{1,9}))")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model: its files are in `folder`."""
+
+    name: str
+    version: str
+    folder: Path
+    tags: Mapping[str, str]
+
+
+def registered_model(store: Path, reference: str) -> Registered:
+    """The version that NAME@ALIAS or NAME/VERSION means, in the user's MLFLOW_TRACKING_URI, else in `store`.
+
+    Raises UserError if the reference is neither, there is no such model, or no registry.
+    """
+    shown = f"models:/{shorten(reference)}"
+    parts = REFERENCE.fullmatch(reference)
+    if parts is None:
+        raise UserError(f"{shown} names no model: write models:/NAME@ALIAS or models:/NAME/VERSION")
+    uri = tracking_uri(store)
+    if uri == local_uri(store) and not (store / "mlflow.db").exists():
+        raise UserError(f"{shown}: there is no registry in {store}; 'dvc repro' makes it, or set MLFLOW_TRACKING_URI")
+    try:
+        import mlflow
+    except ImportError:
+        raise UserError(f"{shown}: the registry needs MLflow; pip install 'casemate[pipeline]'") from None
+    from mlflow.tracking import MlflowClient
+
+    _quiet()
+    mlflow.set_tracking_uri(uri)
+    client, name = MlflowClient(uri), parts["name"]
+    try:
+        found = (
+            client.get_model_version_by_alias(name, parts["alias"]) if parts["alias"]
+            else client.get_model_version(name, parts["version"])
+        )  # fmt: skip
+        folder = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{found.version}")
+    except (mlflow.exceptions.MlflowException, OSError) as error:
+        known = ", ".join(sorted(m.name for m in client.search_registered_models(max_results=20))) or "none"
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(f"{shown} is not to be had ({reason}); registered models: {known}") from None
+    return Registered(name, str(found.version), Path(folder), dict(found.tags))
 
 
 def set_champion(store: Path, experiment: str, registered: str, digest: str | None) -> str | None:

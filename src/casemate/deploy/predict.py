@@ -1,4 +1,4 @@
-"""Prediction with an exported file: `casemate.load("model.onnx").predict(images)`."""
+"""Prediction with an exported file: what `casemate.load` gives. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from casemate.deploy.onnx_system import OnnxSystem, check_range
+from casemate.deploy import card
+from casemate.deploy.card import Card
+from casemate.deploy.runtime import OnnxModel, check_range
 from casemate.deploy.session import Device
 from casemate.errors import UserError
 
@@ -25,20 +27,32 @@ class Prediction:
 
 
 class Predictor:
-    """An exported model. `predict` may be called from several threads at once."""
+    """A model file, its hash verified against the card beside it. `predict` may be called from several threads at
+    once.
 
-    def __init__(self, path: Path | str, device: Device = "auto") -> None:
-        self.system = OnnxSystem(path, device)
-        classes = self.system.classes
-        self.classes = classes or tuple(str(number) for number in range(self.system.num_classes))
+    provider: what runs it, such as "CUDAExecutionProvider". card: None where the file has none, that is where it was
+    not released; then nothing says whether it is the file that was tested.
+    """
+
+    def __init__(self, path: Path | str, device: Device = "auto", *, threads: int | None = None) -> None:
+        """`path`: a file, or a released folder. Raises UserError if the file is not usable or not its card's."""
+        path = card.model_path(path)
+        self.card: Card | None = card.verify(path) if card.find(path) else None
+        self.model = OnnxModel(path, device, threads=threads)
+        classes = self.model.classes
+        self.classes = classes or tuple(str(number) for number in range(self.model.num_classes))
+
+    @property
+    def provider(self) -> str:
+        return self.model.provider
 
     def predict(self, images: np.ndarray) -> Prediction:
         """images: uint8 in [0, 255] or float in [0, 1]; one image or a batch; channels first or last, or without a
         channel axis where the model takes one channel. Raises UserError if they do not fit the model."""
         batch = self._batch(np.asarray(images))
-        names = [n for n in ("logits", "probabilities", "manifold_score") if n in self.system.outputs]
-        scores = self.system.run(batch, names) if "logits" in names else {}
-        logits = scores["logits"] if scores else self.system.run(batch)[self.system.scores]
+        names = [n for n in ("logits", "probabilities", "manifold_score") if n in self.model.outputs]
+        scores = self.model.run(batch, names) if "logits" in names else {}
+        logits = scores["logits"] if scores else self.model.run(batch)[self.model.scores]
         labels = logits.argmax(1).astype(np.int64)
         return Prediction(
             labels, tuple(self.classes[label] for label in labels), scores.get("probabilities", _softmax(logits)),
@@ -47,7 +61,7 @@ class Predictor:
 
     def _batch(self, images: np.ndarray) -> np.ndarray:
         """N x C x H x W float32 in [0, 1]."""
-        channels, height, width = shape = self.system.input_shape
+        channels, height, width = shape = self.model.input.shape
         if images.dtype == np.uint8:
             images = images.astype(np.float32) / np.float32(255)
         elif np.issubdtype(images.dtype, np.floating):
@@ -62,15 +76,7 @@ class Predictor:
                 return np.ascontiguousarray(batch.transpose(0, *(axis + 1 for axis in order)))
         if channels == 1 and images.shape[-2:] == (height, width) and images.ndim in (2, 3):
             return np.ascontiguousarray(images.reshape(-1, *shape))
-        raise UserError(f"{self.system.path} takes images {shape} (channels, height, width), not {images.shape}")
-
-
-def load(path: Path | str, device: Device = "auto") -> Predictor:
-    """An exported .onnx file, ready to predict. device "auto" takes a GPU where there is a usable one.
-
-    Raises UserError if the file does not exist or is not a model that can be used here.
-    """
-    return Predictor(path, device)
+        raise UserError(f"{self.model.path} takes images {shape} (channels, height, width), not {images.shape}")
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

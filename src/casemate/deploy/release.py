@@ -126,7 +126,7 @@ def make_card(
     return Card(
         file=MODEL, sha256=file_sha256(file.path), size=file.path.stat().st_size, dataset=about.dataset,
         classes=about.classes,
-        input=Input(name=file.input.name, shape=file.input.shape, layout=metadata.layout),
+        input=Input(name=file.model.input.name, shape=file.model.input.shape, layout=metadata.layout),
         outputs=tuple(file.outputs), form=metadata.form, variant=metadata.variant,
         threat=Threat(norm=evaluation["threat"]["norm"], radius=evaluation["threat"]["radius"]),
         clean=None if clean is None else Rate(**{key: clean[key] for key in Rate.model_fields}),

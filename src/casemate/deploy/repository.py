@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from casemate.deploy import card as cards
 from casemate.deploy.card import CARD, MODEL, TEXT, Card
-from casemate.deploy.onnx_system import OnnxSystem
+from casemate.deploy.runtime import OnnxModel
 from casemate.errors import UserError
 
 Engine = Literal["triton", "mlserver"]
@@ -82,7 +82,7 @@ def _triton(folder: Path, name: str, path: Path, card: Card, max_batch: int, del
 
 def triton_config(name: str, path: Path, card: Card, max_batch: int, delay_ms: float) -> str:
     """`config.pbtxt`: protobuf text of Triton's ModelConfig. Sizes leave the batch out, as it wants them."""
-    session = OnnxSystem(path, "cpu").session
+    session = OnnxModel(path, "cpu").session
     inputs = [_tensor(value) for value in session.get_inputs()]
     outputs = [_tensor(value, card) for value in session.get_outputs()]
     preferred = [size for size in (8, 32, max_batch) if size <= max_batch]
@@ -142,7 +142,7 @@ def _mlserver(
 
 def mlserver_settings(name: str, path: Path, card: Card, max_batch: int, delay_ms: float) -> dict[str, Any]:
     """`model-settings.json`: the MLflow runtime on the model beside it, with the V2 protocol's tensors."""
-    session = OnnxSystem(path, "cpu").session
+    session = OnnxModel(path, "cpu").session
 
     def tensors(values: Any) -> list[dict[str, Any]]:
         return [

@@ -1,0 +1,126 @@
+"""`casemate.load`: by file, folder and registered name; a file that was changed is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import casemate
+from casemate import tracking
+from casemate.deploy import runtime
+from casemate.deploy.card import CARD, MODEL
+from casemate.errors import UserError
+from casemate.loading import STORE, resolve
+from casemate.params import check_params
+from casemate.threat import TOLERANCE
+from pipeline.common import STATE, md5
+from pipeline.profile import resolved
+from tests.deploy_toys import ABOUT
+from tests.serving_toys import SHAPE, released
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return released(tmp_path_factory.mktemp("load") / "champion")
+
+
+IMAGES = np.random.default_rng(0).random((3, *SHAPE), dtype=np.float32)
+
+
+def test_a_file_and_its_folder_are_one_model(folder: Path) -> None:
+    by_file, by_folder = casemate.load(folder / MODEL, "cpu"), casemate.load(str(folder), "cpu", threads=1)
+    assert by_file.provider == by_folder.provider == "CPUExecutionProvider"
+    assert by_file.card == by_folder.card and by_file.card is not None and by_file.card.threat.radius == ABOUT.radius
+    np.testing.assert_array_equal(by_file.predict(IMAGES).logits, by_folder.predict(IMAGES).logits)
+
+
+def test_a_file_that_was_changed_after_its_release_is_refused(folder: Path, tmp_path: Path) -> None:
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    with (changed / MODEL).open("ab") as file:
+        file.write(b"\x00")
+    for path in (changed, changed / MODEL):
+        with pytest.raises(UserError, match="changed or exchanged after its release") as caught:
+            casemate.load(path, "cpu")
+        assert "\n" not in str(caught.value)
+    (changed / CARD).unlink()  # without a card there is nothing to hold it against
+    assert casemate.load(shutil.copy(folder / MODEL, changed / "other.onnx"), "cpu").card is None
+
+
+@pytest.mark.parametrize(
+    "name", ["", "x", "x@", "@champion", "../../etc/x@y", "x/../1", "a/b/c", "x/-1", "x" * 10**6]
+)
+def test_references_that_name_no_model_are_one_line(name: str) -> None:
+    with pytest.raises(UserError, match="names no model") as caught:
+        casemate.load(f"models:/{name}")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_without_a_registry_the_mend_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match=r"no registry in .*dvc repro"):
+        casemate.load("models:/casemate-mnist@champion")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_looks_where_the_pipeline_keeps_its_registry_and_allows_what_an_attack_does() -> None:
+    assert STORE == STATE / "mlflow" and runtime.TOLERANCE == TOLERANCE
+
+
+def test_a_path_needs_neither_torch_nor_mlflow(folder: Path) -> None:
+    code = (
+        f"import casemate, sys, numpy; model = casemate.load({str(folder)!r}); "
+        f"model.predict(numpy.zeros({SHAPE}, 'f4')); assert not {{'torch', 'mlflow'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- the registry -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def registry(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project's folder with a registry that the recorder filled: one version, the champion."""
+    kept, home = Path.cwd(), tmp_path_factory.mktemp("project")
+    os.chdir(home)
+    try:
+        params = check_params(resolved("smoke"))
+        tags = {"dvc.out.md5": md5(folder / MODEL)}
+        with tracking.stage_run(params, "export", "toy", STORE) as recorder:
+            recorder.model(folder / MODEL, example=IMAGES[:1], registered="casemate-smoke", tags=tags)
+        assert tracking.set_champion(STORE, params.tracking.experiment, "casemate-smoke", tags["dvc.out.md5"]) == "1"
+        yield home
+    finally:
+        os.chdir(kept)
+
+
+@pytest.mark.slow
+def test_a_registered_model_by_alias_and_by_version(registry: Path, folder: Path) -> None:
+    expected = casemate.load(folder, "cpu").predict(IMAGES).logits
+    for reference in ("models:/casemate-smoke@champion", "models:/casemate-smoke/1"):
+        np.testing.assert_array_equal(casemate.load(reference, "cpu").predict(IMAGES).logits, expected)
+        found = resolve(reference)
+        assert (found.registered, found.version) == ("casemate-smoke", "1")
+    for gone in ("models:/casemate-smoke/2", "models:/casemate-smoke@best", "models:/other@champion"):
+        with pytest.raises(UserError, match="registered models: casemate-smoke") as caught:
+            casemate.load(gone)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_registered_file_that_was_changed_is_refused(registry: Path) -> None:
+    path = resolve("models:/casemate-smoke/1").path
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content + b"\x00")
+        with pytest.raises(UserError, match="not the file that was registered"):
+            casemate.load("models:/casemate-smoke@champion")
+    finally:
+        path.write_bytes(content)
