@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +65,87 @@ def released(folder: Path, shape: tuple[int, int, int] = SHAPE) -> Path:
                        "data_checksum": "", "seed": None, "epochs": None, "budget": 1.0, "code_version": "0"},
     }), folder)  # fmt: skip
     return folder
+
+
+class Server:
+    """`casemate serve` in a process of its own, on a free port; `with` ends it and wants a clean end."""
+
+    def __init__(self, model: Path | str, *options: str, folder: Path, command: str = "serve") -> None:
+        self.log = folder / "server.log"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", "from casemate.cli import main; main()", command, str(model), "--port", "0",
+                 *options],
+                stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+            )  # fmt: skip
+        self.port = self._port(seconds=60)
+
+    def _port(self, seconds: float) -> int:
+        assert self.process.stdout is not None
+        end, said = time.monotonic() + seconds, ""
+        while time.monotonic() < end and self.process.poll() is None:
+            if select.select([self.process.stdout], [], [], 0.2)[0]:
+                line = self.process.stdout.readline()
+                said += line
+                found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+                if found:
+                    return int(found[1])
+        self.process.kill()
+        raise AssertionError(f"the server did not start: {said}{self.log.read_text()}")
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(20)
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """(status, headers in lower case, body) over a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
+
+    def infer(self, request: Any, name: str = "digits-row", **headers: str) -> tuple[int, Any]:
+        """A JSON inference request: (status, answer)."""
+        body = request if isinstance(request, bytes) else json.dumps(request).encode()
+        status, _, answer = self.ask("POST", f"/v2/models/{name}/infer", body, headers)
+        return status, json.loads(answer)
+
+
+def request(images: np.ndarray) -> dict[str, Any]:
+    """An inference request with JSON numbers."""
+    return {"inputs": [{"name": "image", "shape": list(images.shape), "datatype": "FP32", "data": images.tolist()}]}
+
+
+def binary(images: np.ndarray, **parameters: Any) -> tuple[bytes, dict[str, str]]:
+    """(body, headers) of an inference request whose tensors, in and out, are binary."""
+    content = images.astype("<f4").tobytes()
+    told = {"inputs": [{"name": "image", "shape": list(images.shape), "datatype": "FP32",
+                        "parameters": {"binary_data_size": len(content)}}],
+            "parameters": {"binary_data_output": True}, **parameters}  # fmt: skip
+    text = json.dumps(told).encode()
+    return text + content, {"Inference-Header-Content-Length": str(len(text))}
+
+
+def binary_answer(headers: dict[str, str], body: bytes) -> dict[str, np.ndarray]:
+    """The outputs of an answer in binary, by name."""
+    length = int(headers["inference-header-content-length"])
+    found, at = {}, length
+    for output in json.loads(body[:length])["outputs"]:
+        size = output["parameters"]["binary_data_size"]
+        found[output["name"]] = np.frombuffer(body[at : at + size], "<f4").reshape(output["shape"])
+        at += size
+    assert at == len(body)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import logging
 import re
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -224,6 +225,53 @@ def distances(
                 typer.echo(f"  {name}: {f['median']:.4g} ({f['q25']:.4g} to {f['q75']:.4g})")
         if out is not None:
             found.save(out)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="An .onnx file, a released folder, or models:/NAME@ALIAS.")],
+    host: Annotated[str, typer.Option(help="Where to listen; loopback unless behind a proxy.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of the model; 0: all.")] = 0,
+    name: Annotated[str | None, typer.Option(help="The model's name in the routes.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images that one request may have.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Images that the model is run on at once.")] = 64,
+    wait_ms: Annotated[float, typer.Option(min=0, max=1000, help="How long a batch may wait for company.")] = 1.0,
+    pixels: Annotated[int, typer.Option(min=1, help="Pixels that a picture may have.")] = 16_000_000,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for a client to send its headers, a body, or take its answer.")
+    ] = 20.0,
+) -> None:
+    """Answer over HTTP: the Open Inference Protocol (KServe V2), and pictures. Metrics for Prometheus."""
+    with one_line_errors("stopped"):
+        extra("serve", "fastapi", "uvicorn", "prometheus_client")
+        from casemate.serving.app import build_app
+        from casemate.serving.limits import Limits
+        from casemate.serving.server import address, is_loopback, listen, run
+        from casemate.serving.service import Service
+
+        if name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", name):
+            raise UserError("--name: at most 100 letters, digits, '_', '.' and '-', and no mark first")
+        limits = Limits(images=images, batch=batch, wait=wait_ms / 1000, pixels=pixels, headers=timeout,
+                        body=timeout, writing=timeout,                         queue=max(1024, images))  # fmt: skip
+        with listen(host, port) as listening:
+            service = Service.load(model, limits, device=device, threads=threads or None, name=name)
+            if service.verified == "nothing":
+                print("note: no card.json beside the model: nothing says that this file is the one that was tested")
+            if not is_loopback(listening):
+                print("note: whoever reaches this address may ask: docs/serving.md says how to put a lock before it")
+            print(
+                f"{service.name} on {address(listening)} ({service.predictor.provider}); Ctrl-C ends it", flush=True
+            )
+            run(build_app(service), listening, limits)
+
+
+def extra(name: str, *modules: str) -> None:
+    """Raises UserError if an optional part of the installation is missing."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"{module} is not installed; pip install 'casemate[{name}]'")
 
 
 def _threat(norm: str, radius: str) -> ThreatModel:

@@ -55,7 +55,7 @@ class Predictor:
         logits = scores["logits"] if scores else self.model.run(batch)[self.model.scores]
         labels = logits.argmax(1).astype(np.int64)
         return Prediction(
-            labels, tuple(self.classes[label] for label in labels), scores.get("probabilities", _softmax(logits)),
+            labels, tuple(self.classes[label] for label in labels), scores.get("probabilities", softmax(logits)),
             logits, scores.get("manifold_score"),
         )  # fmt: skip
 
@@ -79,7 +79,7 @@ class Predictor:
         raise UserError(f"{self.model.path} takes images {shape} (channels, height, width), not {images.shape}")
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: np.ndarray) -> np.ndarray:
     powers = np.exp(logits - logits.max(1, keepdims=True))
     result: np.ndarray = powers / powers.sum(1, keepdims=True)
     return result

@@ -27,6 +27,11 @@ class Input:
     uint8: bool
     batch: int | None
 
+    @property
+    def native(self) -> tuple[int, int, int]:
+        """The shape of one image as the file takes it."""
+        return (self.shape[1], self.shape[2], self.shape[0]) if self.channels_last else self.shape
+
 
 @dataclass(frozen=True)
 class Output:
@@ -63,24 +68,34 @@ class OnnxModel:
 
     def run(self, images: np.ndarray, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """The named outputs (by default all) for N x C x H x W float32 images in [0, 1], any N."""
-        names = list(outputs or self.outputs)
         if images.shape[1:] != self.input.shape or images.ndim != 4:
             raise UserError(f"{self.path} takes images {self.input.shape}, not {tuple(images.shape[1:])}")
+        return self.run_native(self.to_native(images), outputs)
+
+    def run_native(self, images: np.ndarray, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """As `run`, for images in the file's own layout and type."""
+        names = list(outputs or self.outputs)
         size = self.input.batch or MOST
         parts = [self._batch(images[at : at + size], names) for at in range(0, max(len(images), 1), size)]
+        if len(parts) == 1:
+            return dict(zip(names, parts[0], strict=True))
         return {name: np.concatenate([part[at] for part in parts]) for at, name in enumerate(names)}
 
-    def _batch(self, images: np.ndarray, names: list[str]) -> list[np.ndarray]:
-        count = len(images)
-        if self.input.batch is not None and count < self.input.batch:
-            images = np.concatenate([images, np.zeros((self.input.batch - count, *images.shape[1:]), images.dtype)])
+    def to_native(self, images: np.ndarray) -> np.ndarray:
+        """N x C x H x W float32 in [0, 1] in the file's own layout and type; grey levels are rounded for uint8."""
         if self.input.uint8:
             images = np.rint(images * 255).astype(np.uint8)
         if self.input.channels_last:
             images = images.transpose(0, 2, 3, 1)
         if images.dtype != np.uint8:
             images = images.astype(np.float32, copy=False)
-        found = self.session.run(names, {self.input.name: np.ascontiguousarray(images)})
+        return np.ascontiguousarray(images)
+
+    def _batch(self, images: np.ndarray, names: list[str]) -> list[np.ndarray]:
+        count = len(images)
+        if self.input.batch is not None and count < self.input.batch:
+            images = np.concatenate([images, np.zeros((self.input.batch - count, *images.shape[1:]), images.dtype)])
+        found = self.session.run(names, {self.input.name: images})
         return [part[:count] for part in found]
 
     def _trial(self) -> tuple[str, tuple[Output, ...]]:

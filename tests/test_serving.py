@@ -1,0 +1,285 @@
+"""The parts of the server by themselves: batching, tensors, pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from casemate.deploy.runtime import OnnxModel
+from casemate.serving.batching import Batcher
+from casemate.serving.limits import Limits, Refusal
+from casemate.serving.pictures import media_type, read_picture
+from casemate.serving.tensors import read_query, write_answer
+from tests.serving_toys import SHAPE, binary, binary_answer, request, write_model
+
+LIMITS = Limits(images=8, batch=4, queue=12, answer=5, wait=0.02)
+IMAGES = np.random.default_rng(1).random((3, *SHAPE), dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> OnnxModel:
+    return OnnxModel(write_model(tmp_path_factory.mktemp("serving") / "model.onnx"), "cpu")
+
+
+# --- batching -----------------------------------------------------------------------------------------------
+
+
+class Slow:
+    """Doubles its images; each run waits for `go`."""
+
+    def __init__(self) -> None:
+        self.go, self.runs = threading.Event(), []
+
+    def __call__(self, images: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        assert self.go.wait(10)
+        self.runs.append((len(images), tuple(outputs)))
+        return dict.fromkeys(outputs, 2 * images)
+
+
+def ask(batcher: Batcher, *values: float, outputs: Sequence[str] = ("a",)) -> asyncio.Task[dict[str, np.ndarray]]:
+    return asyncio.create_task(batcher.answer(np.array(values), outputs))
+
+
+def test_what_waits_together_is_run_together_and_each_gets_its_own() -> None:
+    async def go() -> None:
+        model = Slow()
+        async with Batcher(model, LIMITS) as batcher:
+            first = ask(batcher, 1)
+            await asyncio.sleep(0.05)  # it is at the model now
+            rest = [ask(batcher, 2, 3), ask(batcher, 4, outputs=("b",)), ask(batcher, 5, 6), ask(batcher, 7)]
+            await asyncio.sleep(0)
+            assert batcher.waiting == 6
+            model.go.set()
+            assert (await first)["a"].tolist() == [2]
+            found = await asyncio.gather(*rest)
+            assert [f[n].tolist() for f, n in zip(found, "abaa", strict=True)] == [[4, 6], [8], [10, 12], [14]]
+            assert "b" not in found[0]
+        # never more than 4 images, in order of arrival, one output asked for by anybody is made for all
+        assert model.runs == [(1, ("a",)), (3, ("a", "b")), (3, ("a",))]
+
+    asyncio.run(go())
+
+
+def test_a_full_queue_and_a_slow_model_turn_requests_away() -> None:
+    async def go() -> None:
+        model = Slow()
+        async with Batcher(model, Limits(batch=4, queue=4, answer=0.2)) as batcher:
+            running = ask(batcher, 1)
+            await asyncio.sleep(0.05)
+            waiting = ask(batcher, 2, 3, 4)
+            await asyncio.sleep(0)
+            with pytest.raises(Refusal, match="3 images are waiting") as full:
+                await batcher.answer(np.array([5.0, 6.0]), ["a"])
+            for task in (running, waiting):
+                with pytest.raises(Refusal, match=r"not answered within 0\.2 s") as late:
+                    await task
+            assert (full.value.status, late.value.status) == (429, 503)
+            model.go.set()
+            assert (await batcher.answer(np.array([7.0]), ["a"]))["a"].tolist() == [14]
+        assert model.runs == [(1, ("a",)), (1, ("a",))]  # nothing was run for the client that had given up
+
+    asyncio.run(go())
+
+
+def test_an_error_of_the_model_is_the_requests_and_the_batcher_lives() -> None:
+    async def go() -> None:
+        def model(images: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+            if images[0] < 0:
+                raise RuntimeError("broken")
+            return {"a": images}
+
+        async with Batcher(model, LIMITS) as batcher:
+            with pytest.raises(RuntimeError, match="broken"):
+                await batcher.answer(np.array([-1.0]), ["a"])
+            assert (await batcher.answer(np.array([1.0]), ["a"]))["a"].tolist() == [1] and batcher.alive
+        assert not batcher.alive
+
+    asyncio.run(go())
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+
+def test_json_and_binary_say_the_same(model: OnnxModel) -> None:
+    flat = request(IMAGES)
+    flat["inputs"][0]["data"] = IMAGES.ravel().tolist()
+    body, headers = binary(IMAGES, id="7")
+    forms = [
+        read_query(json.dumps(request(IMAGES)).encode(), None, model, LIMITS),
+        read_query(json.dumps(flat).encode(), None, model, LIMITS),
+        read_query(body, headers["Inference-Header-Content-Length"], model, LIMITS),
+    ]
+    for query in forms:
+        np.testing.assert_array_equal(query.images, IMAGES)
+        assert list(query.outputs) == ["logits", "probabilities", "manifold_score"]
+    found = model.run(IMAGES)
+    text, told = write_answer(forms[0], found, "m", "3")
+    answer = json.loads(text)
+    assert (answer["model_name"], answer["model_version"], "id" in answer) == ("m", "3", False)
+    assert told == {"Content-Type": "application/json"}
+    for output in answer["outputs"]:
+        expected = found[output["name"]]
+        np.testing.assert_array_equal(np.float32(output["data"]).reshape(output["shape"]), expected)
+    packed, told = write_answer(forms[2], found, "m", "3")
+    assert json.loads(packed[: int(told["Inference-Header-Content-Length"])])["id"] == "7"
+    for name, values in binary_answer({k.lower(): v for k, v in told.items()}, packed).items():
+        np.testing.assert_array_equal(values, found[name])
+
+
+def changed(**changes: Any) -> bytes:
+    made = request(IMAGES)
+    made["inputs"][0] |= changes
+    return json.dumps(made).encode()
+
+
+def pixel(value: Any) -> bytes:
+    data = IMAGES.ravel().tolist()
+    data[17] = value
+    return changed(data=data)
+
+
+BAD_TENSORS = {
+    "no JSON": (b"{", 400, "EOF"), "nothing": (b"", 400, "EOF"), "a list": (b"[]", 400, "object"),
+    "no inputs": (b'{"inputs": []}', 400, "at least 1"), "two inputs": (
+        json.dumps({"inputs": request(IMAGES)["inputs"] * 2}).encode(), 400, "2 inputs"),
+    "another input": (changed(name="x"), 400, "no input 'x'; the model takes 'image'"),
+    "another datatype": (changed(datatype="INT64"), 400, "'INT64'; the model takes FP32"),
+    "another shape": (changed(shape=[3, 1, 8, 9]), 400, r"\[N, 1, 8, 8\]"), "no batch": (
+        changed(shape=[1, 8, 8]), 400, r"\[N, 1, 8, 8\]"), "no shape": (changed(shape=[]), 400, "takes"),
+    "a negative shape": (changed(shape=[-1, 1, 8, 8]), 400, r"inputs\.0\.shape\.0"),
+    "an empty batch": (changed(shape=[0, 1, 8, 8], data=[]), 400, "empty batch"),
+    "too many images": (changed(shape=[9, 1, 8, 8]), 413, "9 images; one request may have 8"),
+    "too few numbers": (changed(data=[0.5]), 400, "1 values and the shape needs 192"),
+    "uneven": (changed(data=[[0.5], [0.5, 0.5]]), 400, "unevenly"),
+    "no data": (changed(data=None), 400, "neither data nor"), "text": (pixel("0.5"), 400, "must be numbers"),
+    "null": (pixel(None), 400, "must be numbers"), "a huge number": (pixel(10**400), 400, "."),
+    "NaN": (pixel(float("nan")), 422, "NaN or infinite"), "Inf": (pixel(float("inf")), 422, "NaN or infinite"),
+    "beyond float32": (pixel(1e300), 422, "NaN or infinite"), "above 1": (pixel(1.5), 422, r"to 1\.5; images are in"),
+    "below 0": (pixel(-0.25), 422, r"from -0\.25"), "deep": (b"[" * 10**6, 400, "."),
+    "a long name": (changed(name="x" * 10**6), 400, r"inputs\.0\.name"),
+    "an unknown output": (json.dumps({**request(IMAGES), "outputs": [{"name": "y"}]}).encode(), 400, "no output 'y'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_requests_that_cannot_be_answered(case: str, model: OnnxModel) -> None:
+    body, status, words = BAD_TENSORS[case]
+    with pytest.raises(Refusal, match=words) as caught:
+        read_query(body, None, model, LIMITS)
+    assert caught.value.status == status and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda b, n: (b[:-4], n), "needs 768"), (lambda b, n: (b + b"1234", n), "needs 768"),
+        (lambda b, n: (b, "-1"), "Length"), (lambda b, n: (b, "x" * 10**6), "Length"), 
+(lambda b, n: (b, "0"), "Length"),
+        (lambda b, n: (b, str(len(b) + 1)), "Length"), (lambda b, n: (b, "9" * 5000), "Length"),
+        (lambda b, n: (b, str(len(b))), "JSON"), (lambda b, n: (b[int(n) :], None), "JSON"),
+        (lambda b, n: (b[: int(n)] + b"\xff" * 768, n), "NaN"),
+    ],
+)  # fmt: skip
+def test_binary_requests_that_do_not_add_up(change: Any, words: str, model: OnnxModel) -> None:
+    body, headers = binary(IMAGES)
+    with pytest.raises(Refusal, match=words) as caught:
+        read_query(*change(body, headers["Inference-Header-Content-Length"]), model, LIMITS)
+    assert caught.value.status in (400, 422) and len(str(caught.value)) < 500
+
+
+def test_bytes_behind_the_json_that_nothing_announces(model: OnnxModel) -> None:
+    text = json.dumps(request(IMAGES)).encode()
+    with pytest.raises(Refusal, match="4 bytes behind the JSON"):
+        read_query(text + b"1234", str(len(text)), model, LIMITS)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return out.getvalue()
+
+
+LEVELS = np.random.default_rng(2).integers(0, 256, (8, 8), np.uint8)
+GREY = Image.fromarray(LEVELS)
+
+
+def test_a_picture_of_the_models_shape_is_left_alone() -> None:
+    found = read_picture(encoded(GREY), "image/png", SHAPE, LIMITS)
+    np.testing.assert_array_equal(found.image, LEVELS[None, None] / np.float32(255))
+    assert (found.changes, found.size, found.image.dtype) == ((), (8, 8), np.float32)
+
+
+def test_what_is_done_to_a_picture_is_said() -> None:
+    wide = read_picture(encoded(Image.new("RGB", (40, 20), (255, 0, 0)), "JPEG"), "image/jpeg", SHAPE, LIMITS)
+    assert wide.changes == ("colours turned to grey", "resized from 40 x 20 to 8 x 8, bilinear")
+    assert wide.image == pytest.approx(76 / 255, abs=2 / 255)  # 0.299 red
+    three = read_picture(encoded(GREY), "image/png", (3, 8, 8), LIMITS)
+    assert three.changes == ("grey repeated in three channels",) and three.image.shape == (1, 3, 8, 8)
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert read_picture(encoded(clear), "image/png", SHAPE, LIMITS).changes == ("transparency laid on white",)
+    assert read_picture(encoded(clear), "image/png", SHAPE, LIMITS).image.min() == 1
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned = read_picture(encoded(GREY, exif=exif), "image/png", SHAPE, LIMITS)
+    assert turned.changes == ("turned as its EXIF orientation says",)
+    np.testing.assert_array_equal(turned.image[0, 0], LEVELS[::-1, ::-1] / np.float32(255))
+    for mode in ("1", "P", "LA", "CMYK"):
+        kind = "JPEG" if mode == "CMYK" else "PNG"
+        found = read_picture(encoded(GREY.convert(mode), kind), f"image/{kind.lower()}", SHAPE, LIMITS)
+        assert found.image.shape == (1, *SHAPE)
+
+
+BAD_PICTURES = {
+    "nothing": (b"", 400, "empty"), "text": (b"hello", 400, "not a picture"),
+    "half a picture": (encoded(GREY.resize((64, 64)))[:900], 400, "not a picture"),
+    "a header only": (encoded(GREY)[:40], 400, "not a picture"),
+    "the other kind": (encoded(GREY, "JPEG"), 415, "the picture is JPEG"), 
+"a GIF": (encoded(GREY, "GIF"), 400, "not a"),
+    "16 bits": (encoded(Image.fromarray(LEVELS.astype(np.uint16))), 415, "8 bits for each channel"),
+    "animated": (encoded(GREY, save_all=True, append_images=[GREY.rotate(90)]), 415, "animated"),
+    "a large picture": (encoded(Image.new("1", (5000, 5000))), 413, "5000 x 5000 pixels; at most 16,000,000"),
+    "a bomb": (encoded(Image.new("1", (30_000, 30_000))), 413, "too many pixels; at most 16,000,000"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_PICTURES)
+def test_pictures_that_are_none(case: str) -> None:
+    body, status, words = BAD_PICTURES[case]
+    with pytest.raises(Refusal, match=words) as caught:
+        read_picture(body, "image/png", SHAPE, LIMITS)
+    assert caught.value.status == status and "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_media_types() -> None:
+    assert media_type("image/PNG; charset=binary") == "image/png"
+    for header in (None, "", "image/gif", "application/octet-stream", "x" * 10**6):
+        with pytest.raises(Refusal, match="send image/jpeg or image/png") as caught:
+            media_type(header)
+        assert caught.value.status == 415 and len(str(caught.value)) < 200
+
+
+def test_any_damage_to_a_picture_is_a_refusal_or_a_picture() -> None:
+    rng = np.random.default_rng(3)
+    for kind in ("PNG", "JPEG"):
+        whole = np.frombuffer(encoded(GREY.resize((32, 32)).convert("RGB"), kind), np.uint8)
+        for _ in range(300):
+            damaged = whole.copy()
+            damaged[rng.integers(0, len(whole), rng.integers(1, 8))] = rng.integers(0, 256)
+            body = damaged[: rng.integers(1, len(whole) + 1)].tobytes()
+            try:
+                found = read_picture(body, f"image/{kind.lower()}", SHAPE, LIMITS)
+            except Refusal as refusal:
+                assert 400 <= refusal.status < 500
+            else:
+                assert found.image.shape == (1, *SHAPE) and 0 <= found.image.min() <= found.image.max() <= 1
