@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from tests.test_serving import GREY, encoded
 
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
 INFER = "/v2/models/digits-row/infer"
+HEADERS = ("Content-Type", "Content-Encoding", "Inference-Header-Content-Length", "Accept", "Expect")
+VALUES = ("", "gzip", "-5", "image/png", "1e9", "100-continue", "\xff", "x" * 999)
 IMAGES = np.random.default_rng(0).random((2, *SHAPE), dtype=np.float32)
 
 
@@ -81,12 +83,12 @@ class Breaker:
             }
         return path, body, headers
 
-    def pick(self, choices: list[Any]) -> Any:
+    def pick(self, choices: Sequence[Any]) -> Any:
         return choices[int(self.rng.integers(len(choices)))]
 
     def strange(self) -> Any:
         return self.pick([
-            None, True, -1, 0, 2**31, 2**63, 2**200, 1.5, float("nan"), float("inf"), -0.0, 1e308, "", "image", "\x00",
+            None, True, -1, 0, 2**31, 2**63, 2**200, 1.5, float("nan"), float("inf"), -0.0, 1e308, "", "image", "\0",
             "x" * 5000, [], {}, [[]], [None], {"a": []}, "FP32", "FP64", [1, 1, 8, 8], [0, 1, 8, 8], [1 << 40] * 4,
         ])  # fmt: skip
 
@@ -156,6 +158,7 @@ def broken_requests(server: Server, count: int, seed: int = 0) -> dict[int, int]
     return statuses
 
 
+@pytest.mark.slow
 def test_a_few_of_everything(server: Server) -> None:
     sent = from_schema(server, 12)
     statuses = broken_requests(server, 600)

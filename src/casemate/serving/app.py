@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Header, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -57,9 +58,9 @@ def build_app(service: Service) -> FastAPI:
     app.add_middleware(Counted, service=service)
     _refusals(app, service)
     intake = Intake(service.limits)
-    _about(app, service)
     _protocol(app, service, intake)
     _pictures(app, service, intake)
+    _about(app, service)
     return app
 
 
@@ -99,6 +100,23 @@ def _protocol(app: FastAPI, service: Service, intake: Intake) -> None:
         if version not in (None, service.version):
             raise Refusal(404, "name", f"no version {shorten(str(version))!r}; there is {service.version!r}")
 
+    # The busiest routes come first and read their parameters themselves: the framework's way needs 44 % more CPU
+    # time for a request, measured without the network.
+    async def infer(request: Request) -> Response:
+        served(request.path_params["name"], request.path_params.get("version"))
+        header = request.headers.get(tensors.HEADER_LENGTH)
+        async with intake.body(request, most) as body:
+            if header is None and len(body) > LARGE:
+                query = await asyncio.to_thread(tensors.read_query, body, header, model, limits)
+            else:
+                query = tensors.read_query(body, header, model, limits)
+            found = await service.tensors(query.images, list(query.outputs))
+        content, headers = tensors.write_answer(query, found, service.name, service.version)
+        return Response(content, headers=headers)
+
+    for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
+        app.post(path, summary="Tensors in, tensors out", **_document(path))(infer)
+
     @app.get("/v2", summary="Server metadata")
     async def server() -> dict[str, Any]:
         from importlib.metadata import version
@@ -127,31 +145,23 @@ def _protocol(app: FastAPI, service: Service, intake: Intake) -> None:
         served(name, version)
         return {"name": service.name, **await ready()}
 
-    document: dict[str, Any] = {
-        "openapi_extra": {"requestBody": {"required": True, "content": {
-            "application/json": {"schema": tensors.InferRequest.model_json_schema()},
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-        }}},
+
+def _document(path: str) -> dict[str, Any]:
+    """What the schema says of an inference route."""
+    names = re.findall(r"{(\w+)}", path)
+    places = [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names]
+    header = {"name": tensors.HEADER_LENGTH, "in": "header", "schema": {"type": "integer", "minimum": 1},
+              "description": "Bytes of JSON before tensors in binary."}  # fmt: skip
+    content = {
+        "application/json": {"schema": tensors.InferRequest.model_json_schema()},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    }
+    return {
+        "openapi_extra": {
+            "parameters": [*places, header], "requestBody": {"required": True, "content": content}
+        },
         "responses": {200: {"model": tensors.InferResponse, "content": {"application/octet-stream": {}}}},
     }  # fmt: skip
-
-    @app.post("/v2/models/{name}/infer", summary="Tensors in, tensors out", **document)
-    @app.post("/v2/models/{name}/versions/{version}/infer", summary="Tensors in, tensors out", **document)
-    async def infer(
-        request: Request, name: str, version: str | None = None,
-        inference_header_content_length: str | None = Header(None, description="Bytes of JSON before the tensors."),
-    ) -> Response:  # fmt: skip
-        served(name, version)
-        async with intake.body(request, most) as body:
-            arguments = (body, inference_header_content_length, model, limits)
-            large = inference_header_content_length is None and len(body) > LARGE
-            if large:
-                query = await asyncio.to_thread(tensors.read_query, *arguments)
-            else:
-                query = tensors.read_query(*arguments)
-            found = await service.tensors(query.images, list(query.outputs))
-        content, headers = tensors.write_answer(query, found, service.name, service.version)
-        return Response(content, headers=headers)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------

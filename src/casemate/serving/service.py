@@ -146,10 +146,11 @@ class Service:
 
     def _count(self, found: dict[str, np.ndarray]) -> None:
         shares = self._probabilities(found)
-        for share in shares.max(1):
-            self.metrics.confidence.observe(float(share))
-        for label, count in zip(*np.unique(shares.argmax(1), return_counts=True), strict=True):
-            self.metrics.predictions.labels(self.predictor.classes[label]).inc(int(count))
+        labels = shares.argmax(1).tolist()
+        for row, label in enumerate(labels):
+            self.metrics.confidence.observe(float(shares[row, label]))
+        for label in set(labels):
+            self.metrics.predictions.labels(self.predictor.classes[label]).inc(labels.count(label))
         for score in found.get("manifold_score", ()):
             self.metrics.manifold.observe(float(score))
 
