@@ -267,6 +267,29 @@ def serve(
             run(build_app(service), listening, limits)
 
 
+@app.command()
+def demo(
+    models: Annotated[
+        Path | None, typer.Argument(help="A profile's folder, such as models/mnist; by default params.yaml's.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    robust: Annotated[str | None, typer.Option(help="ROW or ROW/MODE; by default the champion.")] = None,
+    data: Annotated[Path, typer.Option(help="Where datasets are kept.")] = Path("data/raw"),
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """A page to try it: attack the standard and the robust model on a picture of yours."""
+    with one_line_errors("stopped"):
+        extra("demo", "nicegui")
+        if models is None:
+            from casemate.params import load_params
+
+            models = load_params(Path("params.yaml")).models_dir
+        from casemate.serving.demo.run import run_demo
+
+        run_demo(models, host=host, port=port, robust=robust, data=data, device=device)
+
+
 def extra(name: str, *modules: str) -> None:
     """Raises UserError if an optional part of the installation is missing."""
     for module in modules:

@@ -76,7 +76,7 @@ class Service:
         self.metrics = Metrics()
         self.batcher = Batcher(self._run, limits, self.metrics.batch.observe)
         self.metrics.waiting.set_function(lambda: self.batcher.waiting)
-        self.tested = _tested(predictor)
+        self.tested = tested(predictor)
         card, told = predictor.card, self.tested
         threat = f"{told.norm} {told.radius:g}" if told else ""
         self.metrics.model.labels(name, version, card.sha256 if card else "", predictor.provider, threat).set(1)
@@ -167,7 +167,7 @@ def _name(source: Source, predictor: Predictor) -> str:
     return re.sub(r"[^\w.-]+", "-", source.registered or own)[:100].strip("-.") or "model"
 
 
-def _tested(predictor: Predictor) -> Tested | None:
+def tested(predictor: Predictor) -> Tested | None:
     card, metadata = predictor.card, predictor.model.metadata
     if card is None:
         return None if metadata is None else Tested(norm=metadata.about.norm, radius=metadata.about.radius)
