@@ -27,9 +27,11 @@ WEIGHTS = np.random.default_rng(0).standard_normal((64, 10)).astype(np.float32)
 RATE = {"accuracy": 0.75, "low": 0.7, "high": 0.8, "n": 400}
 
 
-def write_model(path: Path, shape: tuple[int, int, int] = SHAPE, *, score: bool = True) -> Path:
+def write_model(
+    path: Path, shape: tuple[int, int, int] = SHAPE, *, score: bool = True, weights: np.ndarray | None = None
+) -> Path:
     """A linear classifier in the form of an exported file; its manifold score is the sigmoid of the mean pixel."""
-    weights = np.resize(WEIGHTS, (int(np.prod(shape)), 10))
+    weights = np.resize(WEIGHTS, (int(np.prod(shape)), 10)) if weights is None else weights
     nodes = [
         helper.make_node("Flatten", ["image"], ["flat"]),
         helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
@@ -50,10 +52,10 @@ def write_model(path: Path, shape: tuple[int, int, int] = SHAPE, *, score: bool 
     return path
 
 
-def released(folder: Path, shape: tuple[int, int, int] = SHAPE) -> Path:
+def released(folder: Path, shape: tuple[int, int, int] = SHAPE, weights: np.ndarray | None = None) -> Path:
     """A folder as a release makes it, with invented figures on its card."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = write_model(folder / MODEL, shape)
+    path = write_model(folder / MODEL, shape, weights=weights)
     write(Card.model_validate({
         "schema": "casemate-card/1", "file": MODEL, "sha256": file_sha256(path), "size": path.stat().st_size,
         "dataset": ABOUT.dataset, "classes": ABOUT.classes,

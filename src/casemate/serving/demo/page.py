@@ -25,7 +25,7 @@ from casemate.serving.pictures import read_picture
 HERE = Path(__file__).parent
 STYLE = HERE / "demo.css"
 PARTS: Any = Environment(loader=FileSystemLoader(HERE), autoescape=True).get_template("parts.html.j2").module
-SHOWN = 12
+SHOWN = 14
 STEPS = 30  # of the slider, up to twice the radius that the robust model was tested at
 log = logging.getLogger("casemate.serving")
 

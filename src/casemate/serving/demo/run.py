@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -28,4 +29,6 @@ def run_demo(
             print("note: whoever reaches this address may run attacks on this machine")
         rows = " and ".join(contender.row for contender in contenders)
         print(f"{rows} on {server.address(listening)}; Ctrl-C ends it", flush=True)
+        # the page's library looks through every object of the process once, and some of PyTorch's warn when touched
+        warnings.simplefilter("ignore", FutureWarning)
         server.run(app, listening, limits, websockets=True)
