@@ -5,11 +5,12 @@ A defense and an attack that learns are both `Trainable`s: frozen specifications
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,57 @@ from torch import Tensor, nn
 from casemate.threat import ThreatModel
 
 Precision = Literal["auto", "fp32", "bf16"]
+T = TypeVar("T")
+
+
+class Moment(float):
+    """A fraction of the budget that remembers how it was used, so that the loop knows for how long a step that it
+    has captured may be repeated. Comparisons are remembered; other arithmetic only inside `depends`."""
+
+    def __init__(self, value: float) -> None:
+        self.guards: list[tuple[Callable[[float], Any], Any]] = []
+        self.loose = False
+        """Used in a way that nothing is known about: another fraction may give another step."""
+
+    def depends(self, value: Callable[[float], T]) -> T:
+        """What `value` says at this fraction; the step is another one where it says something else."""
+        found = value(float.__add__(self, 0.0))
+        self.guards.append((value, found))
+        return found
+
+    def holds(self, fraction: float) -> bool:
+        """Whether a step at that fraction is the same in all that was asked of this one."""
+        return not self.loose and all(value(fraction) == found for value, found in self.guards)
+
+
+def _remembered(compare: Callable[[Any, Any], Any]) -> Callable[[Moment, Any], Any]:
+    return lambda moment, other: moment.depends(lambda at: compare(at, other))
+
+
+def _loosened(name: str) -> Callable[..., Any]:
+    plain = getattr(float, name)
+
+    def method(moment: Moment, *others: Any) -> Any:
+        moment.loose = True
+        return plain(moment, *others)
+
+    return method
+
+
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Moment, f"__{_name}__", _remembered(getattr(operator, _name)))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "divmod"):
+    setattr(Moment, f"__{_name}__", _loosened(f"__{_name}__"))
+    setattr(Moment, f"__r{_name}__", _loosened(f"__r{_name}__"))
+for _name in ("abs", "neg", "pos", "bool", "int", "float", "round", "hash", "str", "repr", "format"):
+    if f"__{_name}__" in float.__dict__:
+        setattr(Moment, f"__{_name}__", _loosened(f"__{_name}__"))
+
+
+def depends(fraction: float, value: Callable[[float], T]) -> T:
+    """`value(fraction)`. The way to make something out of `Context.fraction` that seldom changes, such as a radius
+    that has stopped growing: a step that reads the fraction in no other way can be repeated as a CUDA graph."""
+    return fraction.depends(value) if isinstance(fraction, Moment) else value(fraction)
 
 
 @dataclass
@@ -83,7 +135,7 @@ class Context:
     step: int = 0
     epoch: int = 0
     fraction: float = 0.0
-    """Share of the budget already spent, in [0, 1)."""
+    """Share of the budget already spent, in [0, 1). Compare it, or go through `depends`."""
     indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     """Index of each sample of the batch in the training set."""
     rng: torch.Generator = field(default_factory=torch.Generator)
@@ -119,6 +171,7 @@ class Trainable(ABC):
 
     batch_coupled: ClassVar[bool] = False
     capturable: ClassVar[bool] = True
+    """False if what a step does next depends on values on the device: it then never becomes a CUDA graph."""
 
     @property
     def updates_per_batch(self) -> int:

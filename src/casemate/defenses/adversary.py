@@ -12,7 +12,7 @@ from casemate.defenses.base import Defense
 from casemate.errors import UserError
 from casemate.fields import Unit, spec
 from casemate.threat import Norm, ThreatModel
-from casemate.trainable import Context, Task
+from casemate.trainable import Context, Task, depends
 
 NARROWEST = 1e-12
 """Smallest radius: a density needs a ball to live in. Added to a grey level above 0 it is rounded away in float32."""
@@ -27,7 +27,7 @@ class Ramped:
 
     def threat(self, ctx: Context) -> ThreatModel:
         """The threat model at this fraction of the budget."""
-        share = min(1.0, ctx.fraction / self.ramp) if self.ramp else 1.0
+        share = depends(ctx.fraction, lambda at: min(1.0, at / self.ramp)) if self.ramp else 1.0
         return replace(ctx.threat, radius=max(share * ctx.threat.radius, NARROWEST))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from casemate.attacks.ascent import ascend, l2_step, sign_step
+from casemate.defenses.folding import folded
 from casemate.errors import UserError
 from casemate.fields import Count, Positive, Unit, spec
 from casemate.threat import ThreatModel
+from casemate.trainable import depends
 
 BatchNormMode = Literal["eval", "train", "train_update"]
 
@@ -24,7 +26,8 @@ def crafting(*modules: nn.Module, bn: BatchNormMode = "eval") -> Iterator[None]:
 
     "eval" uses the running statistics; "train" those of the batch, and keeps the running ones untouched;
     "train_update" is plain train mode, each forward pass moving the running statistics. Train modes switch
-    dropout on, too. Flags and modes are put back as they were.
+    dropout on, too. Flags and modes are put back as they were. In "eval" mode batch norms are folded where the recipe
+    says so (see `casemate.defenses.folding`).
     """
     parameters = [(p, p.requires_grad) for m in modules for p in m.parameters()]
     parts = [(part, part.training) for m in modules for part in m.modules()]
@@ -37,7 +40,8 @@ def crafting(*modules: nn.Module, bn: BatchNormMode = "eval") -> Iterator[None]:
         if bn == "train":
             for norm, _ in norms:
                 norm.track_running_stats = False
-        yield
+        with folded(*modules) if bn == "eval" else nullcontext():
+            yield
     finally:
         for parameter, needed in parameters:
             parameter.requires_grad_(needed)
@@ -82,6 +86,9 @@ class AscentSchedule:
 
     def ascent(self, threat: ThreatModel, fraction: float) -> Ascent:
         """The ascent at a `fraction` of the budget in [0, 1)."""
+        return depends(fraction, lambda at: self._ascent(threat, at))
+
+    def _ascent(self, threat: ThreatModel, fraction: float) -> Ascent:
         steps = self.steps
         for start, planned in self.plan:
             if fraction >= start:

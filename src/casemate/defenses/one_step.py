@@ -10,7 +10,7 @@ from torch import Tensor
 from casemate.defenses.alarm import CollapseAlarm, accuracy
 from casemate.fields import Unit, spec
 from casemate.threat import ThreatModel
-from casemate.trainable import Context, Update
+from casemate.trainable import Context, Update, depends
 
 
 @spec
@@ -22,7 +22,7 @@ class OneStep(CollapseAlarm):
 
     def ramped(self, ctx: Context) -> ThreatModel:
         """The threat model with the radius of this step."""
-        share = min(1.0, ctx.fraction / self.ramp) if self.ramp else 1.0
+        share = depends(ctx.fraction, lambda at: min(1.0, at / self.ramp)) if self.ramp else 1.0
         return ThreatModel(ctx.threat.norm, ctx.threat.radius * share)
 
     def learn(self, ctx: Context, x_adv: Tensor, y: Tensor) -> Iterator[Update]:

@@ -216,10 +216,14 @@ def _attack(
     `before` holds the clean predictions; None where the attack is the clean image itself.
     """
     from casemate.threat import untargeted
+    from casemate.training.memory import in_pieces
 
     x, y = data.take(chunk)
     with full_precision():
-        result = attack(system, x, untargeted(y), threat, seed, view=view)
+        result = in_pieces(
+            lambda: attack(system, x, untargeted(y), threat, seed, view=view),
+            getattr(system, "classifier", None), len(x), log.warning,
+        )  # fmt: skip
     delta = (result.x_adv - x).flatten(1)
     label, prediction = y.cpu().numpy(), result.prediction.cpu().numpy()
     clean = prediction if before is None else np.array([before[i] for i in chunk])

@@ -32,8 +32,8 @@ class WeightAverage:
         """Take in the weights after step `t`, counted from 1."""
         decay = min(self.decay, (1 + t) / (10 + t))
         torch._foreach_lerp_([a for a, _ in self._smooth], [w for _, w in self._smooth], 1 - decay)
-        for average, weights in self._copied:
-            average.copy_(weights)
+        if self._copied:
+            torch._foreach_copy_([a for a, _ in self._copied], [w for _, w in self._copied])
 
 
 class LogMeans:

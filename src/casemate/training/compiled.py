@@ -37,7 +37,8 @@ class _Compiled:
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         try:
-            return self.fast(*inputs, **options)
+            with torch._C.DisableTorchFunction():  # what watches the step outside would be compiled in
+                return self.fast(*inputs, **options)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.note(f"warning: {self.name} could not be compiled and runs as it is ({first_lines(error)})")
             self.module._compiled_call_impl = None

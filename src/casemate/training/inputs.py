@@ -46,7 +46,8 @@ class Draw:
         else:
             if len(labels) != n:
                 raise ValueError(f"draw({n}) was given {len(labels)} labels")
-            indices = self._of_class(labels.cpu())
+            with torch._C.DisableTorchFunction():  # drawn on the host, whatever becomes of other draws of the step
+                indices = self._of_class(labels.cpu())
         indices = indices.to(self.data.labels.device)
         return self.data.x(indices), self.data.labels[indices]
 

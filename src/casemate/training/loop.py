@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from casemate.defenses.folding import folding
 from casemate.errors import UserError
 from casemate.seeding import derive
 from casemate.system import frozen
 from casemate.trainable import Context, Task, Trainable
-from casemate.training import precision
+from casemate.training import memory, precision
 from casemate.training.averages import LogMeans, WeightAverage
 from casemate.training.awp import WeightPerturbation
 from casemate.training.checkpoint import Checkpoints
 from casemate.training.compiled import compiled, first_lines, in_backward
+from casemate.training.graphs import BACKENDS, StepGraphs, on_device
 from casemate.training.inputs import Draw, TrainingData
 from casemate.training.progress import display
 from casemate.training.recipe import Recipe
@@ -148,6 +150,8 @@ class _Run:
         self.curves: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
         self.best_score, self.best_epoch = -1.0, 0.0
+        self.advance: Callable[[Tensor, Tensor], None] = self._body
+        self.at_hand: tuple[Tensor, Tensor, Tensor] | None = None
         self._parts = [part for module in self.modules.values() for part in module.modules()]
 
     def identity(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,18 +181,47 @@ class _Run:
             for number, row in enumerate(self.curves, 1):
                 self.recorder.metrics(row, step=number)
             self.checked = self.saved = time.monotonic()
-            with compiled(self.modules, self.display.note) if self.recipe.compile else nullcontext():
+            with self._as_fast_as_asked():
                 while self.epoch * self.per_epoch < self.total and not self.context.stop:
                     self._epoch()
             return self._result()
         except NotFinite as error:
             raise UserError(self._explain(error)) from None
-        except RuntimeError as error:
-            if not (self.recipe.compile and in_backward(error)):
+        except torch.AcceleratorError as error:
+            raise UserError(f"the device failed at step {self.step} ({first_lines(error)}){self._kept()}") from error
+        except (RuntimeError, MemoryError) as error:
+            if memory.out_of_memory(error):
+                raise UserError(self._too_large()) from None
+            if not isinstance(error, RuntimeError) or not (self.recipe.compile and in_backward(error)):
                 raise
             raise UserError(f"this method cannot be compiled: set compile: false ({first_lines(error)})") from error
         finally:
             self.display.close()
+
+    @contextmanager
+    def _as_fast_as_asked(self) -> Iterator[None]:
+        """The recipe's ways to run the same step faster."""
+        recipe, note = self.recipe, self.display.note
+        with ExitStack() as stack:
+            if recipe.compile:
+                stack.enter_context(compiled(self.modules, note))
+            if recipe.fold_norms:
+                stack.enter_context(folding(note))
+            if recipe.cuda_graph:
+                stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+                self._capture(note)
+            yield
+
+    def _capture(self, note: Callable[[str], None]) -> None:
+        """Steps as graphs, if this device and this method can."""
+        backend = BACKENDS.get(self.device.type)
+        if backend is None or not self.method.capturable:
+            why = "there is no GPU here" if backend is None else "what it does next depends on values on the device"
+            note(f"cuda_graph: steps run one kernel after the other: {why}")
+            return
+        self.updates.capturable()
+        torch.backends.cudnn.benchmark = True  # shapes do not change, and the first steps are not captured
+        self.advance = StepGraphs(self._body, self.context, self.updates, self.device, note, backend)
 
     def _epoch(self) -> None:
         end = min(self.per_epoch, self.total - self.epoch * self.per_epoch)
@@ -198,6 +231,7 @@ class _Run:
         )  # fmt: skip
         for x, y, indices in itertools.islice(batches, end - self.batch):
             x = x.contiguous(memory_format=self.layout)
+            self.at_hand = x, y, indices
             for _ in range(self.replays):
                 self._step(x, y, indices)
             self.batch += 1
@@ -214,12 +248,17 @@ class _Run:
             for module in self.modules.values():
                 module.train()
         self.updates.begin((self.step + 0.5) / self.steps)  # the middle: no first step at a rate of 0
-        for update in self.method.step(context, x, y):
-            self.updates.apply(update, self.step)
+        self.advance(x, y)
         self.step += 1
         self.logs.add(context.logs)
         if self.average is not None:
             self.average.update(self.step)
+
+    def _body(self, x: Tensor, y: Tensor) -> None:
+        """The method's step and its updates: all that a CUDA graph repeats."""
+        with on_device(self.rng, self.device) if self.recipe.noise == "device" else nullcontext():
+            for update in self.method.step(self.context, x, y):
+                self.updates.apply(update, self.step)
 
     def _between_batches(self) -> None:
         now = time.monotonic()
@@ -357,8 +396,28 @@ class _Run:
 
     def _explain(self, error: NotFinite) -> str:
         mend = "lower lr" + (", or set precision: fp32" if self.precision == "bf16" else "")
-        kept = ""
-        if self.store is not None and self.store.exists:
-            kept = f"; the last good checkpoint is kept in {self.store.folder}"
         at = f"epoch {error.step / self.per_epoch:.4g}, step {error.step}"
-        return f"training broke down at {at}: {error}; {mend}{kept}"
+        return f"training broke down at {at}: {error}; {mend}{self._kept()}"
+
+    def _kept(self) -> str:
+        if self.store is None or not self.store.exists:
+            return ""
+        return f"; the last good checkpoint is kept in {self.store.folder}"
+
+    def _too_large(self) -> str:
+        """What to say when memory has run out in a step: the batch that fits, found by trying. The run is over, so
+        the trial may spoil it; batch statistics would change with the batch, so it is not cut behind one's back."""
+        assert self.at_hand is not None
+        x, y, indices = self.at_hand
+        said = f"out of memory at step {self.step} with batch_size {self.recipe.batch_size}"
+        self.advance, size = self._body, len(x) // 2
+        while size:
+            self.updates.clear()
+            memory.free()
+            self.context.indices = indices[:size]
+            try:
+                self._body(x[:size], y[:size])
+                return f"{said}: {size} fits (set batch_size, and lower lr with it){self._kept()}"
+            except (RuntimeError, MemoryError) as error:
+                size = size // 2 if memory.out_of_memory(error) else 0
+        return f"{said}, and no smaller batch fits: take a smaller network or a larger device{self._kept()}"

@@ -63,6 +63,15 @@ class Recipe:
     compile: Flag = False
     """Compile the modules' forward and backward passes: for long runs on a GPU. What cannot be compiled runs as it
     is, with a warning; a method that differentiates twice cannot be."""
+    cuda_graph: Flag = False
+    """On a GPU, capture whole steps as CUDA graphs: small batches then run at the chip's pace, not the host's. What
+    cannot be captured runs as it is, which is said once. Batches should be equal: `drop_last`."""
+    fold_norms: Flag = False
+    """Fold batch norms into the convolutions before them wherever a step crafts in eval mode: less to read and write
+    on a GPU, no gain on a CPU."""
+    noise: Literal["host", "device"] = "host"
+    """Where the random draws of a step are made: on the host, the same on every device; or on the device, which a
+    fast GPU with small steps needs, and which gives other draws."""
     validate_every: Natural = 1
     """Epochs between measurements on the validation split, the last epoch always; 0 is only the last."""
     select: Literal["last", "best"] = "last"
@@ -79,6 +88,8 @@ class Recipe:
             raise ValueError("ema must be below 1")
         if self.schedule == "trapezoid" and self.hold < self.warmup:
             raise ValueError(f"hold ({self.hold}) must not come before the end of warmup ({self.warmup})")
+        if self.compile and self.fold_norms:
+            raise ValueError("fold_norms changes modules that compile has fixed: choose one of them")
         if list(self.milestones) != sorted(self.milestones):
             raise ValueError("milestones must be in increasing order")
         return self

@@ -50,7 +50,10 @@ def pack_optimizers(players: Mapping[str, Player]) -> tuple[dict[str, Tensor], d
                     tensors[f"{name}/{index}/{key}"] = value
                 else:
                     rest.setdefault(str(index), {})[key] = value
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in packed["param_groups"]]
+        groups = [
+            {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+            for group in packed["param_groups"]
+        ]
         plain[name] = {"state": rest, "groups": groups}
     return tensors, plain
 

@@ -38,7 +38,7 @@ class Updates:
         self._precision = {
             n: default if p.precision == "auto" else choose(p.precision, device, ()) for n, p in self.players.items()
         }
-        self._pending: list[tuple[int, tuple[str, ...], Tensor]] = []
+        self.pending: list[tuple[int, tuple[str, ...], Tensor]] = []
 
     def begin(self, fraction: float) -> None:
         """Start a step: learning rates of that fraction of the budget, and no gradient anywhere."""
@@ -47,8 +47,25 @@ class Updates:
             if player.schedule is not None:
                 factor = player.schedule(fraction)
                 for group, initial in zip(player.optimizer.param_groups, self._initial[name], strict=True):
-                    group["lr"] = initial * factor
+                    if isinstance(group["lr"], Tensor):
+                        group["lr"].fill_(initial * factor)
+                    else:
+                        group["lr"] = initial * factor
         self.clear()
+
+    @property
+    def perturbing(self) -> bool:
+        """Whether the next update of the primary player is taken at perturbed weights."""
+        return self.perturbation is not None and self.fraction >= self.perturbation.warmup
+
+    def capturable(self) -> None:
+        """Put the learning rates that change where a CUDA graph reads them, and step counts on the device."""
+        for player in self.players.values():
+            for group in player.optimizer.param_groups:
+                if player.schedule is not None and not isinstance(group["lr"], Tensor):
+                    group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
+                if "capturable" in group and not group.get("fused"):
+                    group["capturable"] = True
 
     def clear(self) -> None:
         """Drop every player's gradient."""
@@ -76,7 +93,7 @@ class Updates:
         for player in players:
             if player.after_step is not None:
                 player.after_step()
-        self._pending.append((step, update.players, loss.detach()))
+        self.pending.append((step, update.players, loss.detach()))
 
     def _loss(self, update: Update) -> Tensor:
         """The update's loss in the precision of its players."""
@@ -96,9 +113,10 @@ class Updates:
 
     def check(self) -> float | None:
         """Wait for the device; the primary player's mean loss since the last check. Raises NotFinite."""
-        if not self._pending:
+        if not self.pending:
             return None
-        pending, self._pending = self._pending, []
+        pending = list(self.pending)
+        self.pending.clear()
         values = torch.stack([loss.float() for _, _, loss in pending])
         recent: list[float] = []
         for (step, players, _), value in zip(pending, values.tolist(), strict=True):
