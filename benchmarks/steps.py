@@ -50,7 +50,8 @@ class Problem:
 
 
 class Stamped:
-    """Data that notes the time whenever the loop comes for a batch: the steps lie between."""
+    """Data that notes the time whenever the loop comes for a batch: the steps lie between. It does not come again
+    after the last, so that is one more batch than steps that are timed."""
 
     def __init__(self, data: DeviceData, clock: Callable[[], float]) -> None:
         self.data, self.clock = data, clock
@@ -67,7 +68,6 @@ class Stamped:
         for batch in self.data.batches(*args, **options):
             self.stamps.append(self.clock())
             yield batch
-        self.stamps.append(self.clock())
 
 
 def step_seconds(method: Trainable, problem: Problem, recipe: Recipe, steps: int, device: str = "cpu") -> list[float]:
@@ -80,11 +80,11 @@ def step_seconds(method: Trainable, problem: Problem, recipe: Recipe, steps: int
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    data = Stamped(problem.data(steps * recipe.batch_size, device), clock)
+    data = Stamped(problem.data((steps + 1) * recipe.batch_size, device), clock)
     replays = method.updates_per_batch
     run = replace(recipe, epochs=float(replays), validate_every=0)
     train(method, problem.task(run), data, None, run, seed=0, device=device)
-    return [(after - before) / replays for before, after in zip(data.stamps, data.stamps[1:], strict=False)][:steps]
+    return [(after - before) / replays for before, after in zip(data.stamps, data.stamps[1:], strict=False)]
 
 
 def rate(method: Trainable, problem: Problem, recipe: Recipe, warm: int, steps: int, device: str) -> float:
@@ -97,7 +97,7 @@ def rate(method: Trainable, problem: Problem, recipe: Recipe, warm: int, steps: 
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    data = Stamped(problem.data((warm + steps) * recipe.batch_size, device), clock)
+    data = Stamped(problem.data((warm + steps + 1) * recipe.batch_size, device), clock)
     run = replace(recipe, epochs=1.0, validate_every=0, drop_last=True)
     train(method, problem.task(run), data, None, run, seed=0, device=device)
     return (data.stamps[warm + steps] - data.stamps[warm]) / steps

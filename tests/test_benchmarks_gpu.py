@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import carried, on_gpu
+from benchmarks.gpu_items import VARIANTS
 from casemate.errors import UserError
 
 SMALL = 60
@@ -73,6 +74,17 @@ def test_scoring_goes_on_where_it_was_with_the_weights_that_were_brought(tmp_pat
         path.unlink()
     assert slice_of(tmp_path, "lost", "--budget", "300", "--done", str(brought)) == 0
     assert "did not come along" in (tmp_path / "lost" / "score-fgsm_rs.error.txt").read_text()
+
+
+def test_every_variant_of_the_step_is_measured_and_compared(tmp_path: Path) -> None:
+    assert slice_of(tmp_path, "out", "--budget", "300", only=("card", "parity", "rate-main-at_pgd")) == 0
+    found = json.loads((tmp_path / "out" / "rate-main-at_pgd.json").read_text())
+    assert [row["variant"] for row in found["rows"]] == list(VARIANTS) and found["usual"]["step_ms"] > 0
+    assert all(row["step_ms"] > 0 and row["tflops"] > 0 for row in found["rows"])
+    assert "there is no GPU here" in found["rows"][2]["said"] and not found["rows"][1]["said"]
+    apart = json.loads((tmp_path / "out" / "parity.json").read_text())["variants"]
+    assert apart["float32"]["apart"] == 0 < apart["bf16"]["apart"] < 0.05
+    assert apart["bf16_graph_host"]["apart"] == apart["bf16"]["apart"], "without a GPU a graph changes nothing"
 
 
 def test_nothing_is_begun_that_would_not_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
