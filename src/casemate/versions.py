@@ -31,6 +31,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "attacks/explicit",
         "attacks/amortised",
         "attacks/l2l",
+        "attacks/internal",
+        "attacks/pyramid",
         "defenses",
         "defenses/l2l_da",
         "defenses/iwdd",

@@ -27,12 +27,13 @@ class PatchGenerator(nn.Module):
     """previous + tanh(convs(noisy)): a residual on the image of the coarser scale, scaled up (both N x C x H x W).
 
     `noisy` is the noise of this scale added to `previous`; both are padded by five zeros there, which leaves the
-    second as it is after the crop. 29,763 parameters for 3 channels and width 32.
+    second as it is after the crop. 29,763 parameters for 3 channels and width 32. `copies` networks lie side by side
+    in one, each with weights and statistics of its own: theirs is the channel axis, C channels for each of them.
     """
 
-    def __init__(self, channels: int, *, width: int = 32) -> None:
+    def __init__(self, channels: int, *, width: int = 32, copies: int = 1) -> None:
         super().__init__()
-        self.body = _body(channels, channels, width)
+        self.body = _body(channels, channels, width, copies)
 
     def forward(self, noisy: Tensor, previous: Tensor) -> Tensor:
         padded = F.pad(noisy, (DEPTH, DEPTH, DEPTH, DEPTH))
@@ -43,12 +44,14 @@ class PatchGenerator(nn.Module):
 class PatchCritic(nn.Module):
     """Scores of all patches (N x 1 x (H - 10) x (W - 10)), no activation; a critic's value is their mean.
 
-    29,185 parameters for 3 channels and width 32. Raises UserError for images smaller than one patch.
+    29,185 parameters for 3 channels and width 32. `norm` False leaves out the BatchNorm, which ties the patches of an
+    image together and spoils a penalty on each; `copies` as in the generator. Raises UserError for images smaller
+    than one patch.
     """
 
-    def __init__(self, channels: int, *, width: int = 32) -> None:
+    def __init__(self, channels: int, *, width: int = 32, norm: bool = True, copies: int = 1) -> None:
         super().__init__()
-        self.body = _body(channels, 1, width)
+        self.body = _body(channels, 1, width, copies, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[2:]) < PATCH:
@@ -57,11 +60,14 @@ class PatchCritic(nn.Module):
         return scores
 
 
-def _body(channels_in: int, channels_out: int, width: int) -> nn.Sequential:
+def _body(channels_in: int, channels_out: int, width: int, copies: int, *, norm: bool = True) -> nn.Sequential:
+    def conv(wide_in: int, wide_out: int) -> nn.Conv2d:
+        return nn.Conv2d(copies * wide_in, copies * wide_out, 3, groups=copies)
+
     layers: list[nn.Module] = []
     for wide in (channels_in, *[width] * (DEPTH - 2)):
-        layers += [nn.Conv2d(wide, width, 3), nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
-    body = nn.Sequential(*layers, nn.Conv2d(width, channels_out, 3))
+        layers += [conv(wide, width), *([nn.BatchNorm2d(copies * width)] if norm else []), nn.LeakyReLU(0.2)]
+    body = nn.Sequential(*layers, conv(width, channels_out))
     for module in body:
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0.0, 0.02)
