@@ -86,6 +86,9 @@ TABLES: dict[str, dict[str, str]] = {
         "eot_rotation": "casemate.attacks.rotation:EOTRotation",
         "rotation_translation": "casemate.attacks.rotation:RotationTranslation",
         "pixel_mass_wasserstein": "casemate.attacks.wasserstein:PixelMassWasserstein",
+        "iwda": "casemate.attacks.iwda:IWDA",
+        "iwda_sliced": "casemate.attacks.iwda_sliced:IWDASliced",
+        "iwda_generator": "casemate.attacks.iwda_generator:IWDAGenerator",
     },
     "defense": {
         "standard": "casemate.defenses.standard:Standard",
@@ -131,6 +134,7 @@ TABLES: dict[str, dict[str, str]] = {
         "imp_am": "casemate.attacks.amortised:ImpAMTrainer",
         "l2l": "casemate.attacks.l2l:L2LTrainer",
         "l2l_da": "casemate.attacks.l2l:L2LDATrainer",
+        "iwda_generator": "casemate.attacks.iwda_generator:IWDAGeneratorTrainer",
     },
 }
 
