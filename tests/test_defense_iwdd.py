@@ -396,8 +396,8 @@ def test_ascent_raises_the_loss() -> None:
     with Probe(made.f) as seen:
         made.step(x, y, fraction=0.5)
     x_adv = seen.inputs[-1][8:]
-    before, after = (cross_entropy(h(images), untargeted(y)).mean() for images in (x, x_adv))
-    assert float(after) > float(before) + 0.1 and bool(LINF.contains(x_adv, x).all())
+    before, after = (cross_entropy(h(images), untargeted(y)).mean().item() for images in (x, x_adv))
+    assert after > before + 0.1 and bool(LINF.contains(x_adv, x).all())
 
 
 # --- resuming -------------------------------------------------------------------------------------------------
