@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from casemate.attacks.base import Cost
-from casemate.attacks.internal import IWDBudget, apart, directions, grid_stride, nearest_success, sliced
-from casemate.attacks.pyramid import Pictures, critic_loss, gradient_penalty, picture_rngs, side_scores, sizes
-from casemate.errors import UserError
-from casemate.networks.singan import PatchCritic, PatchGenerator
+from casemate.attacks.internal import IWDBudget, apart, grid_stride, nearest_success
+from casemate.attacks.pyramid import Pictures, critic_loss, picture_rngs, side_scores
+from casemate.networks.patch_pyramid import resized
+from casemate.networks.singan import PatchCritic, PatchGenerator, gradient_penalty
 from casemate.reporting.strip import write_strip
 from casemate.threat import untargeted
 
@@ -97,13 +97,10 @@ def test_what_is_outside_is_brought_back_to_the_border() -> None:
     assert 0.1 - 0.3 / 128 <= float((back[0] - x[0]).mean()) <= 0.1 + 1e-6
 
 
-def test_the_sliced_distance_sorts() -> None:
-    x, x_adv = torch.tensor([0.0, 0.5]).view(1, 1, 1, 2), torch.tensor([0.5, 0.2]).view(1, 1, 1, 2)
-    assert sliced(x_adv, x, torch.ones(1, 1, 1, 1)).item() == pytest.approx(0.1)
-    assert sliced(x.flip(3), x, torch.ones(1, 1, 1, 1)).item() == 0
-    along = directions(3, 5, 8, torch.Generator().manual_seed(0))
-    assert along.shape == (8, 3, 5, 5) and torch.allclose(along.flatten(1).norm(dim=1), torch.ones(8))
-    assert apart(images(2, 1, 16, 16), images(2, 1, 16, 16), 5).tolist() == [0, 0]
+def test_candidates_are_compared_along_the_same_directions_every_time() -> None:
+    x = images(2, 1, 16, 16)
+    assert apart(x, x, 5).tolist() == [0, 0] and torch.equal(apart(x * 0.5, x, 5), apart(x * 0.5, x, 5))
+    assert (apart(x * 0.5, x, 5) > apart(x * 0.9, x, 5)).all()
 
 
 def test_of_several_candidates_the_nearest_success_is_kept() -> None:
@@ -123,30 +120,6 @@ def test_of_several_candidates_the_nearest_success_is_kept() -> None:
 
 
 # --- the pyramid ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("side", "coarsest", "expected"),
-    [
-        (224, 25, [25, 32, 41, 52, 66, 85, 108, 138, 176, 224]),
-        (32, 25, [25, 28, 32]),
-        (32, 12, [12, 15, 18, 22, 26, 32]),
-        (28, 12, [12, 15, 18, 23, 28]),
-        (20, 25, [20]),
-    ],
-)
-def test_scales_are_those_of_singan(side: int, coarsest: int, expected: list[int]) -> None:
-    assert sizes(side, side, coarsest=coarsest) == [(s, s) for s in expected]
-
-
-def test_scales_are_bounded_and_their_number_can_be_given() -> None:
-    assert sizes(300, 200)[-1] == (250, 167) and min(sizes(300, 200)[0]) == 25
-    assert sizes(128, 128, scales=5) == [(s, s) for s in (25, 38, 57, 85, 128)]
-    assert sizes(64, 64, scales=1) == [(64, 64)]
-    with pytest.raises(UserError, match="patches are 11x11, and the coarsest scale has 10 pixels"):
-        sizes(32, 32, coarsest=10)
-    with pytest.raises(UserError, match="coarsest scale has 5 pixels"):
-        sizes(224, 224, largest=5)
 
 
 def test_networks_side_by_side_are_those_networks() -> None:
@@ -185,7 +158,7 @@ def test_sampling_starts_from_noise_or_from_the_picture() -> None:
     expected = 0.1 * (levels[1] - rebuilt).square().mean((1, 2, 3)).sqrt()
     assert torch.allclose(whole.amplitudes[1].flatten(), expected)
     late = Pictures(levels, 2, picture_rngs(0, [0, 1]))
-    below = torch.nn.functional.interpolate(levels[1], (16, 16), mode="bilinear", antialias=True)
+    below = resized(levels[1], (16, 16))
     assert torch.equal(late.before(2), below) and torch.equal(late.before(2, fixed=True), below)
     assert not late.fixed_noise(2).any()
     late.grow(2, None, 4, 8, [1, 2], norm=False, by_reconstruction=False)

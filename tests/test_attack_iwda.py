@@ -136,7 +136,7 @@ def test_pictures_do_not_feel_each_other() -> None:
 
 def test_quick_is_a_setting_of_it() -> None:
     attack = IWDA(**QUICK)
-    assert [s[0] for s in attack.sizes(128, 128)] == [25, 38, 57, 85, 128]
+    assert [s[0] for s in attack.sizes(128, 128)] == [25, 38, 57, 86, 128]
     assert attack.sizes(224, 224)[-1] == (128, 128)
     big = TorchSystem(network(), input_shape=(3, 128, 128), num_classes=10)
     assert attack.passes(big.views()["adaptive"], 1) == (200, 200, 11)

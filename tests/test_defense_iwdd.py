@@ -16,7 +16,7 @@ from training_toys import weights
 
 from casemate.data.base import Images
 from casemate.data.device import DeviceData
-from casemate.defenses.iwdd import IWDD, Pair, left_over, shifted, sliced_distance, total
+from casemate.defenses.iwdd import IWDD, Pair, distance, left_over, shifted, total
 from casemate.defenses.iwdd_plus_pgd import IWDDPlusPGD
 from casemate.errors import UserError
 from casemate.networks.base import Classifier
@@ -115,13 +115,13 @@ def test_the_critics_loss_by_hand(norm: Any, critic_norm: Any) -> None:
     real = g.pyramid(2 * x - 1)  # type: ignore[operator]
     rng = generator("step", 0)
     noise = noise_of(rng, real, 0.1 * left_over(real, real))
-    share = torch.rand(8, 1, 1, 1, generator=rng)
+    share = torch.rand(8, generator=rng).view(-1, 1, 1, 1)
     expected = 0.0
     with torch.no_grad():
         made = g(real, noise)
     for critic, true, fake in zip(f.scales, real, made, strict=True):  # type: ignore[arg-type]
         expected += float((critic(fake).mean() - critic(true).mean()).detach())
-        mixed = ((1 - share) * true + share * fake).requires_grad_()
+        mixed = (share * true + (1 - share) * fake).requires_grad_()
         scores = critic(mixed)
         value = scores.sum() if norm == "pixel" else scores.flatten(1).mean(1).sum()
         (slope,) = torch.autograd.grad(value, mixed)
@@ -329,14 +329,14 @@ def test_the_sliced_distance_of_a_shift_in_brightness_and_of_a_permutation() -> 
     rng = generator("directions")
     directions = F.normalize(torch.randn(20, 2 * 7 * 7, generator=rng)).view(20, 2, 7, 7)
     x = torch.rand(3, 2, 12, 12, generator=rng)
-    assert not sliced_distance(x, x, directions).any()
+    assert not distance(x, x, directions).any()
     brighter = 0.2 * directions.sum((1, 2, 3)).abs().mean()
-    torch.testing.assert_close(sliced_distance(x + 0.2, x, directions), brighter.expand(3), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(distance(x, x + 0.2, directions), brighter.expand(3), rtol=1e-4, atol=1e-6)
     tile = torch.rand(1, 2, 12, 7, generator=rng).repeat(1, 1, 1, 3)  # period 7: shifting permutes the patches
     torch.testing.assert_close(
-        sliced_distance(tile[..., :13], tile[..., 3:16], directions), torch.zeros(1), atol=1e-6, rtol=0
+        distance(tile[..., :13], tile[..., 3:16], directions), torch.zeros(1), atol=1e-6, rtol=0
     )
-    assert bool((sliced_distance(x, x.flip(0), directions)[[0, 2]] > 0.001).all())
+    assert bool((distance(x, x.flip(0), directions)[[0, 2]] > 0.001).all())
 
 
 def test_images_outside_the_ball_fall_back() -> None:

@@ -14,13 +14,16 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 from torch import Tensor
 
 from casemate.attacks.base import Cost, Shown
 from casemate.attacks.warping import in_box
 from casemate.errors import UserError
+from casemate.iwd import Windows
+from casemate.iwd.bounds import marginal
+from casemate.iwd.exact import assign
+from casemate.iwd.sliced import directions, sliced
 from casemate.objectives import margin
 from casemate.seeding import generator
 from casemate.system import View
@@ -42,25 +45,11 @@ def grid_stride(shape: Sequence[int], window: int) -> int:
     return stride
 
 
-def directions(channels: int, window: int, count: int, rng: torch.Generator) -> Tensor:
-    """`count` x C x window x window: uniform directions of length 1."""
-    drawn = torch.randn((count, channels, window, window), generator=rng)
-    length: Tensor = drawn.flatten(1).norm(dim=1)
-    return drawn / length.view(-1, 1, 1, 1)
-
-
-def sliced(x_adv: Tensor, x: Tensor, along: Tensor, stride: int = 1) -> Tensor:
-    """(N,) sliced W1 of the patches of both images: the mean over directions (`along`, L x C x k x k) of the distance
-    of what the patches are along them, sorted. Differentiable; no slope at x itself. Much below the IWD."""
-    one, other = (F.conv2d(images, along, stride=stride).flatten(2).sort(dim=2).values for images in (x_adv, x))
-    distance: Tensor = (one - other).abs().mean((1, 2))
-    return distance
-
-
 def apart(x_adv: Tensor, x: Tensor, window: int) -> Tensor:
     """(N,) sliced distance by which candidates are compared: fixed directions, patches on the grid."""
-    along = directions(x.shape[1], window, DIRECTIONS, generator("internal distance", window)).to(x)
-    return sliced(x_adv, x, along, grid_stride(x.shape, window))
+    windows = Windows(size=window, stride=grid_stride(x.shape, window))
+    along = directions(DIRECTIONS, x.shape[1], windows, generator("internal distance", window))
+    return sliced(x, x_adv, windows, along).value
 
 
 @dataclass(frozen=True)
@@ -79,12 +68,12 @@ class IWDBudget:
     def coupling(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """A witness for each image: zeros where these suffice, else the cheapest coupling (an optimal assignment)."""
         stride = grid_stride(x.shape, self.window)
-        one, other = (F.unfold(part.nan_to_num(), self.window, stride=stride).mT for part in (x, x_adv))
-        offsets = torch.zeros(one.shape[:2], dtype=torch.long)
+        windows = Windows(size=self.window, stride=stride)
+        offsets = torch.zeros(len(x), len(windows.places(*x.shape[-2:])), dtype=torch.long)
         for i in (~self._affords(x_adv, x, offsets)).nonzero()[:, 0].tolist():
-            costs = torch.cdist(one[i], other[i], p=1)
-            rows, columns = linear_sum_assignment(costs.cpu().numpy())
-            offsets[i] = torch.from_numpy(columns - rows)
+            u, v = (windows.patches(part[i : i + 1].nan_to_num().double().cpu())[0].numpy() for part in (x, x_adv))
+            columns = assign(cdist(u, v, "cityblock"), u, v, marginal(u, v))
+            offsets[i] = torch.from_numpy(columns - np.arange(len(columns)))
         return offsets.to(x.device)
 
     def contains(self, x_adv: Tensor, x: Tensor, coupling: Tensor | None = None) -> Tensor:

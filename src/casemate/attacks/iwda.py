@@ -17,20 +17,17 @@ from torch import Tensor, nn
 from casemate.attacks.base import Attack, Cost, Shown
 from casemate.attacks.internal import IWDBudget, charge, check_pictures, nearest_success, standing
 from casemate.attacks.pyramid import (
-    LARGEST_PYRAMID,
     Pictures,
     classification_loss,
     critic_loss,
     picture_rngs,
     picture_seeds,
-    resized,
     side_scores,
-    size_of,
-    sizes,
     values,
 )
 from casemate.errors import UserError
 from casemate.fields import Count, Flag, Natural, NonNegative, Positive, Unit, spec
+from casemate.networks.patch_pyramid import LARGEST_PYRAMID, Size, pyramid_sizes, resized, size_of
 from casemate.networks.singan import PATCH, PatchCritic
 from casemate.system import View
 from casemate.threat import Goal, ThreatModel
@@ -114,9 +111,9 @@ class IWDA(Attack):
                 charge(cost, rows, spent)
         return self.budget(threat).shown(out, x)
 
-    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+    def sizes(self, height: int, width: int) -> list[Size]:
         """(height, width) of every scale for pictures of a size, coarsest first."""
-        return sizes(height, width, coarsest=self.coarsest, largest=self.largest, scales=self.scales)
+        return pyramid_sizes(height, width, self.scales, coarsest=self.coarsest, largest=self.largest)
 
     def passes(self, view: View, n: int) -> tuple[int, int, int]:
         scales = LARGEST_PYRAMID if view.system is None else len(self.sizes(*view.system.input_shape[1:]))

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from casemate.attacks.base import Attack, Cost, Shown
-from casemate.attacks.internal import IWDBudget, check_pictures, directions, nearest_success, sliced
+from casemate.attacks.internal import IWDBudget, check_pictures, nearest_success
 from casemate.attacks.learned import FittedAttack, LearnedAttack, NeedsWeights
-from casemate.attacks.pyramid import Scores, classification_loss, critic_loss, resized, size_of, sizes, values
+from casemate.attacks.pyramid import classification_loss, critic_loss, values
 from casemate.errors import UserError
 from casemate.fields import Count, Natural, NonNegative, Positive, spec
+from casemate.iwd import Windows
+from casemate.iwd.sliced import directions, sliced
 from casemate.networks.base import Shape
-from casemate.networks.singan import PATCH, PatchCritic, PatchGenerator, width_at
+from casemate.networks.patch_pyramid import PyramidCritic, PyramidGenerator, Size, pyramid_sizes, resized, size_of
+from casemate.networks.singan import PATCH, Scores
 from casemate.seeding import generator
 from casemate.system import Offer, View, frozen
 from casemate.threat import Goal, ThreatModel, targeted, untargeted
@@ -66,19 +69,19 @@ class IWDAGeneratorTrainer(LearnedAttack):
             )
         if self.target is not None and self.target >= num_classes:
             raise UserError(f"iwda_generator: target must lie in 0 to {num_classes - 1}, and is {self.target}")
-        channels, widths = input_shape[0], [width_at(scale, narrowest=self.width) for scale in range(self.scales)]
+        channels = input_shape[0]
         made: dict[str, nn.Module] = {
-            "generator": nn.ModuleList(PatchGenerator(channels, width=width) for width in widths)
+            "generator": PyramidGenerator(channels, self._sizes(input_shape), width=self.width)
         }
         if self.matching != "sliced":
             seen = 2 * channels if self.matching == "conditional" else channels
-            made["critic"] = nn.ModuleList(PatchCritic(seen, width=width, norm=False) for width in widths)
+            made["critic"] = PyramidCritic(seen, self.scales, width=self.width, norm="none")
         return made
 
-    def _sizes(self, input_shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    def _sizes(self, input_shape: tuple[int, ...]) -> list[Size]:
         height, width = input_shape[-2:]
         coarsest = min(self.coarsest, height, width)
-        return sizes(height, width, coarsest=coarsest, largest=max(height, width), scales=self.scales)
+        return pyramid_sizes(height, width, self.scales, coarsest=coarsest, largest=max(height, width))
 
     def levels(self, x: Tensor) -> list[Tensor]:
         """The pictures at every scale, in [-1, 1]."""
@@ -87,7 +90,7 @@ class IWDAGeneratorTrainer(LearnedAttack):
     def write(self, modules: dict[str, nn.Module], levels: list[Tensor], rng: torch.Generator | None) -> list[Tensor]:
         """What the generators make of the pictures at every scale; without a generator of noise, without noise."""
         made: list[Tensor] = []
-        for net, real in zip(modules["generator"].children(), levels, strict=True):
+        for net, real in zip(cast(PyramidGenerator, modules["generator"]).scales, levels, strict=True):
             previous = real
             if made:  # the difference is scaled up, not the picture: detail stays
                 size = size_of(real)
@@ -122,7 +125,7 @@ class IWDAGeneratorTrainer(LearnedAttack):
     def _critics(self, ctx: Context, levels: list[Tensor]) -> Iterator[Scores]:
         """The critic of each scale. A conditional one sees the clean picture beside what it scores; the penalty is on
         the slope with respect to the latter."""
-        for critic, real in zip(ctx.modules["critic"].children(), levels, strict=True):
+        for critic, real in zip(cast(PyramidCritic, ctx.modules["critic"]).scales, levels, strict=True):
             if self.matching == "pooled":
                 yield critic
             else:
@@ -140,8 +143,9 @@ class IWDAGeneratorTrainer(LearnedAttack):
         if self.matching != "sliced":
             pairs = zip(self._critics(ctx, levels), made, strict=True)
             return torch.stack([-values(critic, fake).mean() for critic, fake in pairs]).sum()
-        along = directions(levels[0].shape[1], PATCH, self.projections, generator(seed, "directions")).to(levels[0])
-        found = [sliced(fake, real, along).mean() for fake, real in zip(made, levels, strict=True)]
+        windows = Windows(size=PATCH)
+        along = directions(self.projections, levels[0].shape[1], windows, generator(seed, "directions"))
+        found = [sliced(real, fake, windows, along).value.mean() for fake, real in zip(made, levels, strict=True)]
         return torch.stack(found).sum()
 
     def _adversarial(self, ctx: Context, logits: Tensor, labels: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from casemate.attacks.base import Attack, Cost, Shown
-from casemate.attacks.internal import IWDBudget, apart, charge, check_pictures, directions, sliced, standing
+from casemate.attacks.internal import IWDBudget, apart, charge, check_pictures, standing
 from casemate.attacks.minimise import Judge, Live, Parametrisation, Task, Value, minimise
 from casemate.attacks.optimizers import Adam
-from casemate.attacks.pyramid import LARGEST_PYRAMID, Size, resized, size_of, sizes
 from casemate.fields import Count, NonNegative, Positive, spec
+from casemate.iwd import Windows
+from casemate.iwd.sliced import directions, sliced
+from casemate.networks.patch_pyramid import LARGEST_PYRAMID, Size, pyramid_sizes, resized, size_of
 from casemate.objectives import cross_entropy, margin
 from casemate.seeding import generator
 from casemate.system import View
@@ -103,15 +105,15 @@ class IWDASliced(Attack):
 
     def _value(self, seed: int, scale: int, x: Tensor) -> Value:
         climbed = cross_entropy if self.objective == "ce" else margin
-        count = 0
+        count, windows = 0, Windows(size=self.window)
 
         def value(logits: Tensor, x_adv: Tensor, live: Live) -> Tensor:
             nonlocal count
             rng = generator(seed, "directions", scale, count)
             count += 1
-            along = directions(x.shape[1], self.window, self.projections, rng).to(x)
+            along = directions(self.projections, x.shape[1], windows, rng)
             coarse = resized(live.x, size_of(live.variables))
-            distance = sliced(coarse + live.variables, coarse, along)
+            distance = sliced(coarse, coarse + live.variables, windows, along).value
             return distance - self.tau * climbed(logits, live.goal).clamp(max=self.cap)
 
         return value
@@ -132,8 +134,8 @@ class IWDASliced(Attack):
 
     def sizes(self, height: int, width: int) -> list[Size]:
         """(height, width) of every scale for pictures of a size, coarsest first."""
-        return sizes(height, width, coarsest=self.coarsest, largest=max(height, width), scales=self.scales,
-                     patch=self.window)  # fmt: skip
+        largest = max(height, width)
+        return pyramid_sizes(height, width, self.scales, coarsest=self.coarsest, largest=largest, patch=self.window)
 
     def passes(self, view: View, n: int) -> tuple[int, int, int]:
         scales = LARGEST_PYRAMID if view.system is None else len(self.sizes(*view.system.input_shape[1:]))

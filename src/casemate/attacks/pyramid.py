@@ -6,72 +6,23 @@ side in one (`copies`); every draw comes from a picture's own generator, so none
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from casemate.errors import UserError
-from casemate.networks.singan import PATCH, PatchCritic, PatchGenerator, width_at
+from casemate.networks.patch_pyramid import resized, size_of
+from casemate.networks.singan import PatchCritic, PatchGenerator, Scores, gradient_penalty, width_at
 from casemate.objectives import capped_margin, cross_entropy
 from casemate.seeding import derive, generator
 from casemate.threat import Goal
 
-FACTOR = 0.75
-"""About how much smaller each scale is than the next."""
 AMPLITUDE = 0.1
 """Noise at a scale, per root mean square of what the coarser scales leave to add."""
 
-LARGEST_PYRAMID = 11
-"""Scales of a picture of 250 pixels: a bound where the size is unknown."""
-
 N = TypeVar("N", bound=nn.Module)
-Size = tuple[int, int]
-Scores = Callable[[Tensor], Tensor]
-"""A critic: B x C x H x W -> patch scores B x 1 x h x w."""
-
-
-def sizes(height: int, width: int, *, coarsest: int = 25, largest: int = 250, scales: int | None = None,
-          patch: int = PATCH) -> list[Size]:  # fmt: skip
-    """(height, width) of every scale, coarsest first, as SinGAN has them.
-
-    From `coarsest` pixels on the shorter side to the whole picture, or to `largest` pixels on the longer. A factor
-    near 0.75 between them, or `scales` in all; one scale only where the picture is no larger than `coarsest`. Raises
-    UserError where the coarsest cannot hold a patch of side `patch`.
-    """
-    short, long = min(height, width), max(height, width)
-    shrunk = min(largest / long, 1.0)
-    if min(short * shrunk, coarsest) < patch:
-        side = min(round(short * shrunk), coarsest)
-        raise UserError(f"patches are {patch}x{patch}, and the coarsest scale has {side} pixels on its shorter side")
-    if short * shrunk <= coarsest or scales == 1:
-        return [_scaled(height, width, shrunk)]
-    if scales is None:
-        to_coarsest = math.ceil(math.log(coarsest / short) / math.log(FACTOR)) + 1
-        scales = 1 + to_coarsest - math.ceil(math.log(shrunk) / math.log(FACTOR))
-    step = (coarsest / (short * shrunk)) ** (1 / (scales - 1))
-    return [_scaled(height, width, shrunk * step**above) for above in reversed(range(scales))]
-
-
-def _scaled(height: int, width: int, share: float) -> Size:
-    return round(height * share), round(width * share)
-
-
-def size_of(images: Tensor) -> Size:
-    """(height, width)."""
-    return images.shape[-2], images.shape[-1]
-
-
-def resized(x: Tensor, size: Size) -> Tensor:
-    """Bilinear, antialiased where it shrinks; `x` itself at its own size."""
-    if size_of(x) == size:
-        return x
-    return F.interpolate(x, size, mode="bilinear", antialias=True)
-
 
 # --- losses ---------------------------------------------------------------------------------------------------
 
@@ -90,24 +41,6 @@ def critic_loss(
     """
     gap = values(critic, fake) - values(critic, real)
     return gap + weight * gradient_penalty(critic, real, fake, rho, norm=norm)
-
-
-def gradient_penalty(
-    critic: Scores, real: Tensor, fake: Tensor, rho: Tensor, *, norm: Literal["pixel", "image"]
-) -> Tensor:
-    """(B,) the mean of (|slope| - 1)^2 at rho * real + (1 - rho) * fake, `rho` (B,) in [0, 1].
-
-    `pixel`: of the sum of all patch scores, with a norm over the channels of each pixel, as SinGAN's code. `image`:
-    of the critic's value, with one norm over the image, as Gulrajani et al. (2017) and the paper's formula.
-    """
-    share = rho.view(-1, 1, 1, 1)
-    between = (share * real + (1 - share) * fake).detach().requires_grad_()
-    scores = critic(between)
-    whole = scores.sum() if norm == "pixel" else scores.mean((1, 2, 3)).sum()
-    (slope,) = torch.autograd.grad(whole, between, create_graph=True)
-    over = (1,) if norm == "pixel" else (1, 2, 3)
-    length = (slope.square().sum(over) + 1e-12).sqrt()  # a root has no slope at zero
-    return (length - 1).square().flatten(1).mean(1) if norm == "pixel" else (length - 1).square()
 
 
 def classification_loss(logits: Tensor, goal: Goal, objective: Literal["ce", "margin"], cap: float | None) -> Tensor:

@@ -17,13 +17,18 @@ from torch import Tensor, nn
 from casemate.defenses.base import Defense
 from casemate.defenses.crafting import AscentSchedule, crafting
 from casemate.fields import Count, NonNegative, Positive, Unit, spec
-from casemate.networks.patch_pyramid import PyramidCritic, PyramidGenerator, pyramid_sizes, resized
+from casemate.iwd import Windows
+from casemate.iwd.sliced import directions, sliced
+from casemate.networks.patch_pyramid import PyramidCritic, PyramidGenerator, pyramid_sizes, resized, size_of
+from casemate.networks.singan import gradient_penalty
 from casemate.objectives import cross_entropy
 from casemate.threat import untargeted
 from casemate.trainable import Context, Player, Task, Update
 
-SIDE, DIRECTIONS, AT_ONCE = 7, 64, 8
-"""Of the distance that `iwd_eps` bounds: patch side, directions, and how many are sorted at once."""
+WINDOWS, DIRECTIONS, AT_ONCE = Windows(size=7), 64, 8
+"""Of the distance that `iwd_eps` bounds: patches, directions, and how many images are projected at once."""
+MANY, FEW = 128, 3
+"""Sides from which the number of scales is SinGAN's; smaller images have FEW."""
 INSIDE = 0.9
 """The share of augmented images that "augment" counts as inside."""
 
@@ -83,7 +88,8 @@ class IWDD(AscentSchedule, Defense):
 
     def modules(self, task: Task) -> dict[str, nn.Module]:
         channels, height, width = task.input_shape
-        sizes = pyramid_sizes(height, width, self.scales, coarsest=self.coarsest, largest=self.largest)
+        few = FEW if min(height, width, self.largest) < MANY else None
+        sizes = pyramid_sizes(height, width, self.scales or few, coarsest=self.coarsest, largest=self.largest)
         return {
             "classifier": task.network(),
             "generator": PyramidGenerator(channels, sizes, width=self.width),
@@ -133,13 +139,12 @@ class IWDD(AscentSchedule, Defense):
     @torch.no_grad()
     def _kept(self, ctx: Context, x_adv: Tensor, x: Tensor) -> Tensor:
         """`x_adv` where it is near enough, `x` elsewhere."""
-        directions = torch.randn(DIRECTIONS, x.shape[1] * SIDE * SIDE, generator=ctx.rng).to(x.device)
-        directions = F.normalize(directions).view(-1, x.shape[1], SIDE, SIDE)
+        theta = directions(DIRECTIONS, x.shape[1], WINDOWS, ctx.rng)
         if self.iwd_eps == "augment":
-            allowed = torch.quantile(sliced_distance(shifted(x, ctx.rng), x, directions), INSIDE)
+            allowed = torch.quantile(distance(x, shifted(x, ctx.rng), theta), INSIDE)
         else:
             allowed = torch.as_tensor(cast(float, self.iwd_eps), device=x.device)
-        near = sliced_distance(x_adv, x, directions) <= allowed
+        near = distance(x, x_adv, theta) <= allowed
         ctx.log(rejected=1 - near.float().mean())
         return torch.where(near[:, None, None, None], x_adv, x)
 
@@ -167,14 +172,15 @@ class Pair:
         """f on E f(x~) - E f(x) + penalty R, at every scale; g only draws."""
         g, f = self.ctx.modules["generator"], cast(PyramidCritic, self.ctx.modules["critic"])
         noise, n = self.draw(), len(self.real[0])
-        share = torch.rand(n, 1, 1, 1, generator=self.ctx.rng).to(self.real[0].device)
+        rho = torch.rand(n, generator=self.ctx.rng).to(self.real[0].device)
 
         def loss() -> Tensor:
             with torch.no_grad():
                 made = g(self.real, noise)
             gap = total(f(self.real)) - total(f(made))
-            mixed = [a.lerp(b, share).requires_grad_() for a, b in zip(self.real, made, strict=True)]
-            slack = torch.stack([self._penalty(c, m) for c, m in zip(f.scales, mixed, strict=True)]).sum()
+            sides = zip(f.scales, self.real, made, strict=True)
+            norm = self.method.penalty_norm
+            slack = torch.stack([gradient_penalty(c, a, b, rho, norm=norm).mean() for c, a, b in sides]).sum()
             self.ctx.log(patch_gap=gap, patch_penalty=slack)
             return self.method.penalty * slack - gap
 
@@ -207,7 +213,7 @@ class Pair:
 
     def images(self, made: Sequence[Tensor], x: Tensor) -> Tensor:
         """The finest scale as images like `x`."""
-        return ((resized(made[-1].float(), (x.shape[2], x.shape[3])) + 1) / 2).clamp(0, 1)
+        return ((resized(made[-1].float(), size_of(x)) + 1) / 2).clamp(0, 1)
 
     def draw(self) -> list[Tensor]:
         """Noise for every scale."""
@@ -231,15 +237,6 @@ class Pair:
             self.ctx.state["left"] = left_over(self.real, self.real)
         return factor * self.ctx.state["left"].to(device)
 
-    def _penalty(self, critic: nn.Module, mixed: Tensor) -> Tensor:
-        """Mean of (|slope| - 1)^2 of one scale's critic."""
-        scores = critic(mixed)
-        pixel = self.method.penalty_norm == "pixel"
-        value = scores.sum() if pixel else scores.mean((1, 2, 3)).sum()
-        (slope,) = torch.autograd.grad(value, mixed, create_graph=True)
-        norms: Tensor = slope.norm(dim=1) if pixel else slope.flatten(1).norm(dim=1)
-        return (norms - 1).square().mean()
-
 
 def total(scores: Sequence[Tensor]) -> Tensor:
     """The value of a critic pyramid: each scale's mean over patches and images, summed, so that every scale's
@@ -252,17 +249,14 @@ def left_over(real: Sequence[Tensor], made: Sequence[Tensor]) -> Tensor:
     coarsest images about their mean colour."""
     lacks = [real[0] - real[0].mean((2, 3), keepdim=True)]
     for fine, coarse in zip(real[1:], made[:-1], strict=True):
-        lacks.append(fine - resized(coarse.float(), (fine.shape[2], fine.shape[3])))
+        lacks.append(fine - resized(coarse.float(), size_of(fine)))
     return torch.stack([lack.square().mean().sqrt() for lack in lacks])
 
 
-def sliced_distance(a: Tensor, b: Tensor, directions: Tensor) -> Tensor:
-    """(N,) Wasserstein-1 distances of all patches of each pair, projected on `directions` (L x C x k x k), meaned."""
-    sums = a.new_zeros(len(a))
-    for some in torch.split(directions, AT_ONCE):
-        first, second = (F.conv2d(x, some).flatten(2).sort(2).values for x in (a, b))
-        sums += (first - second).abs().mean(2).sum(1)
-    return sums / len(directions)
+def distance(x: Tensor, x_adv: Tensor, theta: Tensor) -> Tensor:
+    """(N,) sliced distances of each pair along `theta`, a few images at a time."""
+    pairs = zip(torch.split(x, AT_ONCE), torch.split(x_adv, AT_ONCE), strict=True)
+    return torch.cat([sliced(before, after, WINDOWS, theta).value for before, after in pairs])
 
 
 def shifted(x: Tensor, rng: torch.Generator) -> Tensor:

@@ -17,37 +17,54 @@ from casemate.errors import UserError
 from casemate.networks.singan import PATCH, PatchCritic, PatchGenerator, width_at
 
 RATIO = 0.75
-MANY = 128
-"""From this side on the number of scales is SinGAN's rule; smaller images have FEW."""
-FEW = 3
+"""About how much smaller each scale is than the next."""
+LARGEST_PYRAMID = 11
+"""Scales of a picture of 250 pixels: a bound where the size is unknown."""
+
+Size = tuple[int, int]
 
 
 def pyramid_sizes(
-    height: int, width: int, scales: int | None = None, *, coarsest: int = 25, largest: int = 250
-) -> list[tuple[int, int]]:
-    """(H, W) of every scale, coarsest first, in a constant ratio near 0.75.
+    height: int, width: int, scales: int | None = None, *, coarsest: int = 25, largest: int = 250, patch: int = PATCH
+) -> list[Size]:
+    """(H, W) of every scale, coarsest first, in a constant ratio near 0.75, rounded up, as SinGAN's code has them.
 
-    The shorter side begins at `coarsest` and the longer one ends at `largest` at most; an image no larger than the
-    coarsest scale has one. Without `scales` there are three below 128 pixels, and SinGAN's number from there on: 10
-    at 224 (25, 32, 41, 52, 67, 85, 108, 138, 176, 224). Raises UserError where a scale is smaller than a patch.
+    From `coarsest` pixels on the shorter side to the whole picture, or to `largest` pixels on the longer; `scales` in
+    all, or SinGAN's number: 10 at 224 (25, 32, 41, 52, 67, 85, 108, 138, 176, 224). A picture no larger than the
+    coarsest scale has one. Raises UserError where the coarsest cannot hold a patch of side `patch`.
     """
-    shrunk = min(1.0, largest / max(height, width))
-    height, width = math.ceil(round(height * shrunk, 6)), math.ceil(round(width * shrunk, 6))
+    before, shrunk = min(height, width), min(1.0, largest / max(height, width))
+    height, width = _up(height * shrunk), _up(width * shrunk)
     short = min(height, width)
-    if min(short, coarsest) < PATCH:
-        raise UserError(f"patches are {PATCH}x{PATCH}, and the coarsest scale has {min(short, coarsest)} pixels")
+    if min(short, coarsest) < patch:
+        side = min(short, coarsest)
+        raise UserError(f"patches are {patch}x{patch}, and the coarsest scale has {side} pixels on its shorter side")
     if short <= coarsest or scales == 1:
         return [(height, width)]
     if scales is None:
-        scales = FEW if short < MANY else math.ceil(math.log(coarsest / short) / math.log(RATIO) - 1e-9) + 2
+        scales = 2 + _steps(coarsest / before) - _steps(shrunk)
     ratio = (coarsest / short) ** (1 / (scales - 1))
     steps = [ratio ** (scales - 1 - scale) for scale in range(scales)]
-    return [(math.ceil(round(height * step, 6)), math.ceil(round(width * step, 6))) for step in steps]
+    return [(_up(height * step), _up(width * step)) for step in steps]
 
 
-def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, smoothed where it shrinks."""
-    if tuple(x.shape[2:]) == size:
+def _steps(share: float) -> int:
+    """How many times RATIO fits between 1 and `share`, rounded up."""
+    return math.ceil(math.log(share) / math.log(RATIO) - 1e-9)
+
+
+def _up(side: float) -> int:
+    return math.ceil(round(side, 6))
+
+
+def size_of(images: Tensor) -> Size:
+    """(H, W)."""
+    return images.shape[-2], images.shape[-1]
+
+
+def resized(x: Tensor, size: Size) -> Tensor:
+    """Bilinear, smoothed where it shrinks; `x` itself at its own size."""
+    if size_of(x) == size:
         return x
     return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=size[0] < x.shape[2])
 
@@ -58,7 +75,7 @@ class PyramidGenerator(nn.Module):
     29,763 parameters for each of the four coarsest scales, for 3 channels and width 32, which doubles every four.
     """
 
-    def __init__(self, channels: int, sizes: Sequence[tuple[int, int]], *, width: int = 32) -> None:
+    def __init__(self, channels: int, sizes: Sequence[Size], *, width: int = 32) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
         widths = [width_at(scale, narrowest=width, widest=4 * width) for scale in range(len(sizes))]
@@ -75,7 +92,7 @@ class PyramidGenerator(nn.Module):
         """
         made: list[Tensor] = []
         for scale, image, z in zip(self.scales, real, noise, strict=True):
-            previous = resized(made[-1], (image.shape[2], image.shape[3])) if made else image
+            previous = resized(made[-1], size_of(image)) if made else image
             made.append(scale(image + z, previous))
         return made
 
@@ -89,11 +106,7 @@ class PyramidCritic(nn.Module):
     ) -> None:
         super().__init__()
         widths = [width_at(scale, narrowest=width, widest=4 * width) for scale in range(scales)]
-        self.scales = nn.ModuleList(PatchCritic(channels, width=wide) for wide in widths)
-        if norm == "none":
-            for critic in self.scales:
-                body: nn.Sequential = critic.body  # type: ignore[assignment]
-                critic.body = nn.Sequential(*(layer for layer in body if not isinstance(layer, nn.BatchNorm2d)))
+        self.scales = nn.ModuleList(PatchCritic(channels, width=wide, norm=norm == "batch") for wide in widths)
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """The score map (N x 1 x (H - 10) x (W - 10)) of every scale."""

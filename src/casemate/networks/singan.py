@@ -6,6 +6,10 @@ SinGAN's own, about [-1, 1]; the mapping from [0, 1] is the method's business.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +18,9 @@ from casemate.errors import UserError
 DEPTH = 5
 PATCH = 2 * DEPTH + 1
 """Side of the patches that a critic compares: its receptive field."""
+
+Scores = Callable[[Tensor], Tensor]
+"""A critic: B x C x H x W -> patch scores B x 1 x h x w."""
 
 
 def width_at(scale: int, *, narrowest: int = 32, widest: int = 128) -> int:
@@ -74,3 +81,21 @@ def _body(channels_in: int, channels_out: int, width: int, copies: int, *, norm:
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02)
     return body
+
+
+def gradient_penalty(
+    critic: Scores, real: Tensor, fake: Tensor, rho: Tensor, *, norm: Literal["pixel", "image"]
+) -> Tensor:
+    """(B,) the mean of (|slope| - 1)^2 at rho * real + (1 - rho) * fake, `rho` (B,) in [0, 1].
+
+    `pixel`: of the sum of all patch scores, with a norm over the channels of each pixel, as SinGAN's code. `image`:
+    of the critic's value, with one norm over the image, as Gulrajani et al. (2017) and the paper's formula.
+    """
+    share = rho.view(-1, 1, 1, 1)
+    between = (share * real + (1 - share) * fake).detach().requires_grad_()
+    scores = critic(between)
+    whole = scores.sum() if norm == "pixel" else scores.mean((1, 2, 3)).sum()
+    (slope,) = torch.autograd.grad(whole, between, create_graph=True)
+    over = (1,) if norm == "pixel" else (1, 2, 3)
+    length = (slope.square().sum(over) + 1e-12).sqrt()  # a root has no slope at zero
+    return (length - 1).square().flatten(1).mean(1) if norm == "pixel" else (length - 1).square()

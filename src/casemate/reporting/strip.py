@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from casemate.attacks.pyramid import Size, resized, size_of
+from casemate.networks.patch_pyramid import Size, resized, size_of
 
 GAP = 4
 """White pixels between the panels."""
