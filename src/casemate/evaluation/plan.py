@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from casemate import registry
+from casemate.attacks.aimed import Aimed
 from casemate.attacks.base import Attack
 from casemate.attacks.reduced import ReducedSearch
 from casemate.errors import UserError
@@ -93,6 +94,8 @@ def build_attack(name: str, params: AttackParams, budget: float, bind: Bind) -> 
     if budget != 1 and "steps" in options:
         options["steps"] = max(1, round(options["steps"] * budget))
     made = bind(name, registry.resolve("attack", params.attack)(**options))
+    if made is not None and (draw := getattr(params, "target", None)) is not None:
+        made = Aimed(made, draw)
     return ReducedSearch(made) if made is not None and params.search == "bf16" else made
 
 

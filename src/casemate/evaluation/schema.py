@@ -45,6 +45,9 @@ class CellParams(AttackParams):
     """Which faces of a system that changes its inference are attacked; for any other they are one and the same."""
     threat: ThreatParams | None = None
     """Another threat model than the profile's; its images count in the worst case only where that contains them."""
+    target: Natural | None = None
+    """Aim at a class: the number of a draw of one class for each label (`attacks.aimed`). By default away from the
+    label."""
 
 
 class Suite(Section):
