@@ -121,3 +121,17 @@ def test_the_registered_set_is_the_papers() -> None:
     dataset = build_dataset("imagenet10")
     assert dataset.counts == {"train": 13_000, "test": 500}  # type: ignore[attr-defined]
     assert dataset.input_shape == (3, 224, 224) and dataset.classes[0] == "barn" and len(dataset.classes) == 10
+
+
+def test_six_classes_at_64_pixels(data: Path, tmp_path: Path) -> None:
+    from casemate.data.imagenet10_small import ImageNet10Small
+
+    kind = type("ImageNet10Small", (ImageNet10Small,), {"counts": {"train": 12, "test": 6}})
+    fill(data, dict.fromkeys(ImageNet10Small.wnids, (3, 1)), size=(70, 64))
+    kind().fetch(tmp_path / "raw")
+    train, test = (kind().load(tmp_path / "raw", split) for split in ("train", "test"))
+    assert train.images.shape == (12, 64, 64, 3) and test.labels.tolist() == list(range(6))
+    assert ImageNet10Small.classes == ("barn", "alp", "cliff", "coral reef", "lakeside", "seashore")
+    (data / "train" / "n02793495").rename(data / "train" / "elsewhere")
+    with pytest.raises(UserError, match=r"no training pictures of n02793495 \(barn\)"):
+        kind().fetch(tmp_path / "other")

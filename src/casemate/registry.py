@@ -29,6 +29,8 @@ TABLES: dict[str, dict[str, str]] = {
         "stl10": "casemate.data.stl10:STL10",
         "tinyimagenet": "casemate.data.tinyimagenet:TinyImageNet",
         "imagenet10": "casemate.data.imagenet10:ImageNet10",
+        "imagenet10_small": "casemate.data.imagenet10_small:ImageNet10Small",
+        "nips17": "casemate.data.nips17:NIPS17",
     },
     "network": {
         "digits_cnn": "casemate.networks.small:DigitsCNN",
@@ -42,6 +44,7 @@ TABLES: dict[str, dict[str, str]] = {
         "resnet18": "casemate.networks.resnet18:ResNet18",
         "resnet101": "casemate.networks.resnet101:ResNet101",
         "inception_v3": "casemate.networks.inception_v3:InceptionV3",
+        "efficientnet_lite": "casemate.networks.efficientnet_lite:EfficientNetLite",
         "vgg16_bn": "casemate.networks.vgg:VGG16BN",
         "stl10_cnn": "casemate.networks.stl10_cnn:STL10CNN",
         "wrn": "casemate.networks.wrn:WideResNet",
@@ -92,6 +95,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "defense": {
         "standard": "casemate.defenses.standard:Standard",
+        "given": "casemate.defenses.given:Given",
         "at_pgd": "casemate.defenses.at_pgd:ATPGD",
         "at_cw": "casemate.defenses.at_cw:ATCW",
         "fgsm_ut": "casemate.defenses.fgsm_ut:FGSMUT",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +33,9 @@ class ImageNet10(FileDataset):
     224x224 and cut at the centre. Nothing published says what the arrays must hash to: the manifest records it.
     """
 
+    wnids: ClassVar[Mapping[str, str]] = IMAGENET10
+    """WordNet id -> class name, in the order of the labels."""
+
     name = "imagenet10"
     input_shape = (3, 224, 224)
     classes = tuple(IMAGENET10.values())
@@ -45,14 +49,14 @@ class ImageNet10(FileDataset):
     space = 2_100_000_000
 
     def decode(self, folder: Path) -> Arrays:
-        per_class = {split: self.counts[name] // len(IMAGENET10) for split, name in NAMES.items()}
-        choice = Choice(tuple(IMAGENET10), per_class, allow_missing=_subset(folder))
+        per_class = {split: self.counts[name] // len(self.wnids) for split, name in NAMES.items()}
+        choice = Choice(tuple(self.wnids), per_class, allow_missing=_subset(folder))
         arrays = {
             f"{name}_{kind}": np.empty(self.shape(f"{name}_{kind}"), dtype=np.uint8 if kind == "images" else np.int64)
             for name in NAMES.values()
             for kind in ("images", "labels")
         }
-        labels, at = {wnid: label for label, wnid in enumerate(IMAGENET10)}, dict.fromkeys(NAMES, 0)
+        labels, at = {wnid: label for label, wnid in enumerate(self.wnids)}, dict.fromkeys(NAMES, 0)
         _, height, width = self.input_shape
         try:
             with Source(folder) as source:
@@ -64,7 +68,7 @@ class ImageNet10(FileDataset):
                     at[chosen.split] += 1
         except UserError as error:
             raise SourceFailed(str(error)) from None
-        _report(choice)
+        _report(self.name, choice)
         for split, name in NAMES.items():
             if not at[split]:
                 raise SourceFailed(f"{folder} has no pictures for the {name} split")
@@ -73,8 +77,9 @@ class ImageNet10(FileDataset):
 
     def manifest(self, content: Arrays) -> dict[str, Any]:
         """With the images of each class."""
+        n = len(self.wnids)
         counts = {
-            split: dict(zip(IMAGENET10, np.bincount(content[f"{split}_labels"], minlength=10).tolist(), strict=True))
+            split: dict(zip(self.wnids, np.bincount(content[f"{split}_labels"], minlength=n).tolist(), strict=True))
             for split in ("train", "test")
         }
         return {**super().manifest(content), "counts": counts}
@@ -88,11 +93,11 @@ def _subset(folder: Path) -> bool:
         return False
 
 
-def _report(choice: Choice) -> None:
+def _report(dataset: str, choice: Choice) -> None:
     """Warn of everything that is not as the papers have it."""
     for wnid, splits in choice.short.items():
         told = ", ".join(f"{n['taken']:,} of {n['wanted']:,} {split}" for split, n in sorted(splits.items()))
-        log.warning("imagenet10: %s (%s) has %s pictures", IMAGENET10[wnid], wnid, told)
+        log.warning("%s: %s (%s) has %s pictures", dataset, IMAGENET10[wnid], wnid, told)
     for left_out, why in ((choice.unreadable, "unreadable"), (choice.duplicates, "copies of others")):
         if left_out:
-            log.warning("imagenet10: %d pictures left out as %s, such as %s", len(left_out), why, min(left_out))
+            log.warning("%s: %d pictures left out as %s, such as %s", dataset, len(left_out), why, min(left_out))
