@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from casemate.reporting.study_file import load_study
 from tests.project import Project, kill_hard, processes, wait_until
 
 pytestmark = pytest.mark.slow
@@ -52,6 +53,20 @@ def test_after_snakemake_both_engines_say_nothing_to_do(smoke: Project) -> None:
     smoke.assert_nothing_to_do()
     assert "digraph" in smoke.snakemake("--dag").stdout
     assert 'id="detectors-standard"' in (smoke.folder / "reports/smoke/index.html").read_text()
+
+
+def test_the_study_stands_beside_the_leaderboard(smoke: Project) -> None:
+    folder, index = smoke.folder / "reports/smoke/study", smoke.json("reports/smoke/study/index.json")
+    assert index["models"] == ["standard"]
+    assert index["files"] == sorted(p.name for p in folder.iterdir() if p.name != "index.json")
+    made = {"study.json", "distances-standard.png", "sheet-standard.jpg", "strip-standard-fgsm.jpg"}
+    assert made <= {*index["files"]}
+    read = load_study(smoke.folder / "reports/smoke")
+    assert read is not None and set(read.table["standard"]) == {"pgd20", "fgsm", "gap"}
+    assert 0 < (read.median("standard", "fgsm", "linf") or 0) <= 0.2 + 1e-6
+    assert (read.median("standard", "fgsm", "iwd") or 1) <= 0.2 + 1e-6, "the ball of linf lies in that of the IWD"
+    page = (smoke.folder / "reports/smoke/index.html").read_text()
+    assert 'id="study"' in page and 'href="study/sheet-standard.jpg"' in page
 
 
 def test_a_tuned_row_begins_where_its_start_ended(smoke: Project) -> None:
@@ -121,6 +136,7 @@ def test_a_gpu_that_is_absent_is_said(smoke: Project) -> None:
         "finetune",
         "evaluate",
         "detect",
+        "study",
         "export",
         "export_detectors",
         "release",

@@ -17,6 +17,7 @@ from casemate import registry
 from casemate.errors import UserError, near
 from casemate.evaluation.detection_schema import DetectParams
 from casemate.evaluation.schema import EvaluateParams
+from casemate.evaluation.study_schema import StudyParams
 from casemate.fields import Count, Flag, Natural, Positive, Radius, Seed, Text, Unit
 from casemate.training.recipe import Recipe
 
@@ -156,6 +157,8 @@ class Params(Section):
     evaluate: EvaluateParams
     detect: dict[Name, DetectParams] = {}
     """Detectors, by the row that they stand behind."""
+    study: StudyParams = StudyParams()
+    """Success tables, distances and pictures beside the leaderboard; off unless it names models."""
     export: Export = Export()
     release: Release = Release()
     tracking: Tracking = Tracking()
@@ -194,6 +197,11 @@ class Params(Section):
             for row in rows:
                 if row not in self.rows:
                     raise ValueError(f"{where}: {_no_row(row, self.rows, 'pretrain, defenses or tuned')}")
+        return self
+
+    @model_validator(mode="after")
+    def _studied(self) -> Params:
+        self.study.check(self.evaluate, list(self.rows))
         return self
 
     @model_validator(mode="after")

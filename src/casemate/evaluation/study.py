@@ -200,9 +200,11 @@ def success_within(case: Attacked, distances: np.ndarray, radii: Sequence[float]
 
 def ablation(
     option: str, cases: Mapping[float, Sequence[Attacked]], distances: Mapping[str, Distance] | None = None,
-    images: int | None = None,
+    images: int | None = None, merge: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """A table over the values of one option: tau of the attack, beta of the defense.
+
+    `merge`: the cases are one attack under several values of its own option, and go by that one name.
 
     {"option", "rows": [{"value", "model", "attack", ...`success`, "<distance>" (median over successes)}]}. Where the
     value 0 is among them each row has "excess", its rate less that of 0 for the same attack: without a classification
@@ -211,14 +213,15 @@ def ablation(
     rows: list[dict[str, Any]] = []
     for value in sorted(cases):
         for case in cases[value]:
-            row = {"value": float(value), "model": case.model, "attack": case.attack, **success(case)}
+            names = {"model": case.model, "attack": option if merge else case.attack}
+            row = {"value": float(value), **names, "cell": case.attack, **success(case)}
             if distances:
                 found = measured(case, distances, images)
                 row |= {name: float(np.median(d)) if len(d) else None for name, d in found.items()}
             rows.append(row)
-    control = {row["attack"]: row["asr"] for row in rows if row["value"] == 0}
+    control = {(row["attack"], merge and row["model"]): row["asr"] for row in rows if row["value"] == 0}
     for row in rows:
-        before = control.get(row["attack"])
+        before = control.get((row["attack"], merge and row["model"]))
         if before is not None and row["asr"] is not None:
             row["excess"] = row["asr"] - before
     return {"option": option, "rows": rows}
@@ -235,6 +238,8 @@ class Study:
     figures: dict[str, Any] = field(default_factory=dict)
     within: dict[str, Any] = field(default_factory=dict)
     ablations: list[dict[str, Any]] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    """The conditions: what was run on what."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, with the published table and the denominators that its rates allow."""
@@ -243,7 +248,7 @@ class Study:
             for row, rates in PUBLISHED.items()
         }
         return {
-            "schema": 1, "table": self.table, "figures": self.figures, "within": self.within,
+            "schema": 1, "about": self.about, "table": self.table, "figures": self.figures, "within": self.within,
             "ablations": self.ablations, "published": published,
         }  # fmt: skip
 
@@ -257,10 +262,10 @@ class Study:
 
 def study(
     cases: Sequence[Attacked], distances: Mapping[str, Distance] = LP, *, images: int | None = None,
-    ablations: Sequence[dict[str, Any]] = (),
+    ablations: Sequence[dict[str, Any]] = (), about: Mapping[str, Any] | None = None,
 ) -> Study:  # fmt: skip
     """The whole of it. Distances are measured on the first `images` successes of every attack whose images were kept;
-    `within` needs all of them, so it is there only if `images` is None. `distances`: see `with_iwd`."""
+    `within` needs all of them, so it is there for attacks with no more successes. `distances`: see `with_iwd`."""
     table = success_table(cases)
     found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     within: dict[str, Any] = {}
@@ -269,9 +274,11 @@ def study(
             continue
         mine = found.setdefault(_row(case), {})[case.attack] = measured(case, distances, images)
         for name, values in mine.items():
-            if name.startswith("iwd") and images is None:
+            if name.startswith("iwd") and (images is None or len(values) == int(case.hits[:, 0].sum())):
                 within.setdefault(_row(case), {}).setdefault(case.attack, {})[name] = success_within(case, values)
-    return Study(table, {row: histograms(by) for row, by in found.items()}, within, list(ablations))
+    return Study(
+        table, {row: histograms(by) for row, by in found.items()}, within, list(ablations), dict(about or {})
+    )
 
 
 def _share(hits: int, n: int) -> float | None:

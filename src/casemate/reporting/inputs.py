@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from casemate.errors import UserError
 from casemate.reporting.detection import Detection, load_detections
 from casemate.reporting.records import Number, Record, read
+from casemate.reporting.study_file import StudyFile, load_study
 
 View = Literal["adaptive", "static"]
 Verdict = Literal["ok", "unreliable", "not run"]
@@ -239,6 +240,7 @@ class ReportInputs:
     rows: tuple[Row, ...]
     detections: tuple[Detection, ...] = ()
     """Of the rows that have detectors."""
+    study: StudyFile | None = None
 
     @classmethod
     def load(cls, profile: str, reports: Path, models: Path, rows: Sequence[str] | None = None) -> ReportInputs:
@@ -248,7 +250,12 @@ class ReportInputs:
             rows = sorted(p.stem for p in (reports / "evaluate").glob("*.json"))
         if not rows:
             raise UserError(f"{reports / 'evaluate'} holds no evaluation: run the evaluate stage first")
-        return cls(profile, tuple(_row(reports, models, name) for name in rows), load_detections(reports))
+        return cls(
+            profile,
+            tuple(_row(reports, models, name) for name in rows),
+            load_detections(reports),
+            load_study(reports),
+        )
 
     @property
     def failed_fits(self) -> dict[str, tuple[str, Cell]]:

@@ -25,9 +25,9 @@ def pictures(path: Path, folder: Path) -> list[Path]:
         figures, ablations = content["figures"], content["ablations"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the JSON of a study ({error})") from None
-    drawn = {f"distances-{_plain(model)}.png": distance_figure(found) for model, found in figures.items() if found}
+    drawn = {f"distances-{plain(model)}.png": distance_figure(found) for model, found in figures.items() if found}
     for table in ablations:
-        drawn[f"ablation-{_plain(table['option'])}.png"] = ablation_figure(table)
+        drawn[f"ablation-{plain(table['option'])}.png"] = ablation_figure(table)
     for name, draw in drawn.items():
         save_png(draw, folder / name, WIDTH)
     return [folder / name for name in drawn]
@@ -95,5 +95,6 @@ def ablation_figure(table: Mapping[str, Any]) -> Draw:
     return draw
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A name as a part of a file's."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
