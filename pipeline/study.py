@@ -37,13 +37,13 @@ def run(params: Params, options: argparse.Namespace) -> None:
 
 def write(params: Params, out: Path) -> None:
     """The study's JSON and pictures."""
-    from casemate.evaluation.study import study, with_iwd
+    from casemate.evaluation.study import remembered, study, with_iwd
     from casemate.reporting.study import pictures
     from casemate.reporting.study_pictures import sheets, strips
 
     wanted = params.study
     found, about = collect(params)
-    distances = with_iwd(wanted.protocol)
+    distances = remembered(with_iwd(wanted.protocol))
     tables = ablations(params, found, distances)
     main = [f.case for f in found if f.case.model in wanted.models and shown(params, f.planned.suite)]
     made = study(main, distances, images=wanted.images, ablations=tables, about=about)

@@ -196,3 +196,15 @@ def test_the_internal_distance_by_protocol() -> None:
     assert name == f"iwd {iwd.PROTOCOLS['mnist'][0]}"
     with pytest.raises(UserError, match="no protocol 'nist'"):
         s.with_iwd("nist")
+
+
+def test_a_distance_is_measured_once_for_the_same_images() -> None:
+    calls: list[int] = []
+
+    def distance(x: np.ndarray, x_adv: np.ndarray) -> np.ndarray:
+        calls.append(len(x))
+        return s.linf(x, x_adv)
+
+    known = s.remembered({"a": distance})
+    first, again, other = (s.measured(case(moved=m), known)["a"] for m in (0.1, 0.1, 0.2))
+    assert calls == [3, 3] and np.array_equal(first, again) and not np.array_equal(first, other)

@@ -7,9 +7,11 @@ stands beside every rate. No torch is imported here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,19 @@ def _exact(windows: Any) -> Distance:
         return found
 
     return distance
+
+
+def remembered(distances: Mapping[str, Distance]) -> dict[str, Distance]:
+    """The same, each pair of batches measured once: a case may be in the figures and in an ablation."""
+    known: dict[tuple[str, bytes], np.ndarray] = {}
+
+    def once(name: str, distance: Distance, x: np.ndarray, x_adv: np.ndarray) -> np.ndarray:
+        key = (name, hashlib.sha256(x.tobytes() + x_adv.tobytes()).digest())
+        if key not in known:
+            known[key] = distance(x, x_adv)
+        return known[key]
+
+    return {name: partial(once, name, distance) for name, distance in distances.items()}
 
 
 def measured(case: Attacked, distances: Mapping[str, Distance], images: int | None = None) -> dict[str, np.ndarray]:
