@@ -115,7 +115,7 @@ def crafted(source: System, search: Search) -> dict[str, Attack]:
 
 def reachable(threat: ThreatModel, file: OnnxSystem) -> ThreatModel:
     """The ball whose points the file can be sent: of whole grey levels where it takes uint8 and the norm is linf."""
-    if threat.norm != "linf" or not file.input.uint8:
+    if threat.norm != "linf" or not file.model.input.uint8:
         return threat
     return ThreatModel("linf", math.floor(threat.radius * 255 + 1e-6) / 255)
 
