@@ -123,6 +123,7 @@ def test_the_parser_refuses_what_triton_would() -> None:
             parsed(wrong)
 
 
+@pytest.mark.slow
 def test_mlserver_serves_an_mlflow_model_that_answers_as_the_file(released: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(
         app, ["export-repository", str(released), "--out", str(tmp_path), "--engine", "mlserver", "--delay", "5"]

@@ -56,9 +56,20 @@ def _half(model: Any) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of numbers that half precision cuts
-        made = onnx_ir.from_proto(convert_float_to_float16(model, keep_io_types=True))
+        proto = convert_float_to_float16(model, keep_io_types=True)
+    _drop_doubles(proto.graph)
+    made = onnx_ir.from_proto(proto)
     TopologicalSortPass()(made)  # the converter leaves its casts at the end
     return onnx_ir.to_proto(made)
+
+
+def _drop_doubles(graph: Any) -> None:
+    """The converter writes the cast of a value once for each of its readers, under one name."""
+    seen: set[str] = set()
+    for node in list(graph.node):
+        if set(node.output) <= seen:
+            graph.node.remove(node)
+        seen.update(node.output)
 
 
 def _quantised(path: Path, calibration: np.ndarray, layout: Layout) -> Any:
