@@ -25,7 +25,10 @@ def test_the_stages_stand_in_the_order_of_the_plan(stages: dict[str, dag.Stage])
         "download", "train@at_pgd", "finetune@at_pgd", "pretrain@standard",
     }  # fmt: skip
     assert "evaluate@at_pgd" in stages["export@at_pgd"].upstream
-    assert {"export@atld", "evaluate@atld", "train@atld", "pretrain@standard"} <= set(stages["report"].upstream)
+    assert {"export@at_pgd", "evaluate@at_pgd", "train@at_pgd"} <= set(stages["release@at_pgd"].upstream)
+    assert {"release@atld", "export@atld", "evaluate@atld", "train@atld", "pretrain@standard"} <= set(
+        stages["report"].upstream
+    )
 
 
 def test_resources_come_from_meta(stages: dict[str, dag.Stage]) -> None:

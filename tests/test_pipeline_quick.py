@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from casemate.deploy.card import verify
 from tests.project import Project
 
 pytestmark = pytest.mark.slow
@@ -66,6 +67,22 @@ def test_the_exported_champion_answers_from_its_file_alone(quick: Project) -> No
     x = images.transpose(0, 3, 1, 2).astype(np.float32) / 255
     logits = session.run(["logits"], {session.get_inputs()[0].name: x})[0]
     assert abs((logits.argmax(1) == labels).mean() - crowned["clean"]) < 0.005
+
+
+def test_every_file_was_attacked_as_served_and_the_champion_carries_its_card(quick: Project) -> None:
+    for row in ("standard", "at_pgd", "atld"):
+        report = quick.json(f"reports/quick/release/{row}.json")
+        exported = {path.stem for path in (quick.folder / f"models/quick/exported/{row}").glob("*.onnx")}
+        assert set(report["files"]) == exported
+        for name, file in report["files"].items():
+            card = verify(quick.folder / f"models/quick/released/{row}/{name}")
+            assert card.sha256 == file["sha256"] and card.gate is not None
+            assert card.gate.passed == file["passed"] == (file["failed"] == [])
+            assert file["served"]["n"] == 100
+    card = verify(quick.folder / "models/quick/champion")
+    assert card.gate is not None and card.gate.passed
+    crowned = quick.json("models/quick/champion/champion.json")
+    assert (card.provenance.row, card.provenance.mode) == (crowned["row"], crowned["mode"])
 
 
 def test_parity_was_measured_and_passed(quick: Project) -> None:

@@ -188,7 +188,7 @@ class MlflowRecorder:
         with mlflow.start_run(run_id=self.run_id):
             logged = mlflow.onnx.log_model(
                 onnx.load(str(path)),
-                name=path.stem,
+                name=path.stem.replace(".", "-"),  # MLflow takes no dot
                 signature=infer_signature({session.get_inputs()[0].name: example}, outputs),
                 input_example=example,
                 onnx_execution_providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
