@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casemate.deploy.fold import forward_graph
-from casemate.deploy.gradient_graph import gradient_graph
+from casemate.deploy.gradient_graph import _compare, gradient_graph
 from casemate.deploy.session import open_session
 from casemate.errors import UserError
 from tests.deploy_toys import Block, PreAct, settled
@@ -184,6 +184,24 @@ def test_what_it_cannot_do_is_named(call: object, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         gradient_graph(Foreign(call), first, images(2))
     assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_gradient_is_an_error_and_a_flipped_unit_is_not() -> None:
+    """A unit that rounding turns over is autograd's own doing; a wrong sign anywhere else is not."""
+    x = images(3)
+    smooth = torch.ones_like(x)
+    _compare(smooth, smooth + 1e-5, lambda at: smooth + 1e-5, x)
+    off = smooth.clone()
+    off[0, 0, 2, 2] = 1.01
+    with pytest.raises(UserError, match=r"differs from autograd by 0\.01"):
+        _compare(off, smooth, lambda at: smooth, x)
+
+    def kinked(at: Tensor) -> Tensor:  # jumps by as much as the sample's rounding
+        return smooth + 0.01 * (at != x)
+
+    _compare(off, smooth, kinked, x)
+    with pytest.raises(UserError, match="differs from autograd by 2"):
+        _compare(-smooth, smooth, lambda at: smooth + 5 * (at != x), x)
 
 
 def test_an_objective_must_be_per_sample() -> None:

@@ -43,7 +43,7 @@ def cosines(net: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
     exact = x.double().requires_grad_()
     (expected,) = torch.autograd.grad(net.double()(exact)[:, 0].sum(), exact)
     net.float()
-    return nn.functional.cosine_similarity(gradient.double().flatten(1), expected.flatten(1))
+    return nn.functional.cosine_similarity(gradient.detach().double().flatten(1), expected.flatten(1))
 
 
 @pytest.mark.parametrize("name", registry.names("network"))
@@ -52,6 +52,7 @@ def test_every_registered_classifier(name: str) -> None:
     torch.manual_seed(0)
     net = build_network(name, input_shape=shape, num_classes=10, **options)
     settled(net, shape[0], shape[1])
+    net.head.weight.data.normal_(std=0.1)  # some begin with zeros, and no gradient
     graph = gradient_graph(net, first, images(2, shape))  # which compares it with autograd, value by value
     for n in (1, 3):
         gradient, value, outputs = graph(images(n, shape))
