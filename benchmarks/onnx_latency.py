@@ -2,6 +2,8 @@
 
     python benchmarks/onnx_latency.py [--rounds 25] [--networks lenet5 resnet20 wrn resnet18] [--threads 1]
 
+Some of the networks only: the result goes to a file that names them.
+
 CPU time of one thread (wall time says little on a shared machine), or, with more threads, wall time, for which the
 machine must be idle; the graphs taking turns in every round; medians over the rounds, of times and of each round's
 ratio to the plain graph. Untrained weights: they do not change the
@@ -177,7 +179,8 @@ def main() -> None:
     }  # fmt: skip
     found = [row for network in options.networks for row in rows(network, options.rounds, options.threads)]
     suffix = "" if options.threads == 1 else f"_{options.threads}_threads"
-    out = Path(f"benchmarks/results/onnx_latency{suffix}.json")
+    part = "" if options.networks == list(SHAPES) else "_" + "_".join(options.networks)
+    out = Path(f"benchmarks/results/onnx_latency{part}{suffix}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_suffix(".tmp")
     temporary.write_text(json.dumps({"conditions": conditions, "rows": found}, indent=1) + "\n")
