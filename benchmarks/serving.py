@@ -97,7 +97,7 @@ async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, r
     """(status, body) of one request over a kept connection."""
     writer.write(request)
     head = await reader.readuntil(b"\r\n\r\n")
-    length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+    length = int(head.lower().partition(b"\r\ncontent-length: ")[2].split(b"\r\n")[0])
     return int(head.split(b" ", 2)[1]), await reader.readexactly(length)
 
 
@@ -139,7 +139,7 @@ def whole_answer(connection: socket.socket) -> int:
     while b"\r\n\r\n" not in found:
         found += connection.recv(1 << 16)
     head, _, body = found.partition(b"\r\n\r\n")
-    left = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0]) - len(body)
+    left = int(head.lower().partition(b"\r\ncontent-length: ")[2].split(b"\r\n")[0]) - len(body)
     while left > 0:
         left -= len(connection.recv(1 << 16))
     return int(head.split(b" ", 2)[1])

@@ -4,6 +4,7 @@ python -m pipeline run [PROFILE]     set up if needed, then the main job: data, 
 python -m pipeline test [TIER]       set up if needed, then the tests: unit, gate (what CI runs) or full
 python -m pipeline profile NAME      write params.yaml from pipeline/profiles/NAME.yaml
 python -m pipeline check             validate params.yaml
+python -m pipeline demo              set up if needed, then the page on which models are attacked by hand
 python -m pipeline ui                the MLflow page of the runs, on this machine only
 python -m pipeline runs rebuild      make the runs again from the committed reports, after a clone
 python -m pipeline runs find FILE    the runs that made an output of the pipeline
@@ -30,12 +31,16 @@ TIERS = ("unit", "gate", "full")
 # --- set-up: nothing but the standard library may be imported up to here ------------------------------------
 
 
+EXTRAS = ("pipeline", "pipeline,demo", "pipeline,dev")
+"""What `.venv` may hold, each more than the one before."""
+
+
 def set_up(extras: str) -> None:
     """Make `.venv` with the pinned versions, unless it already fits the project's files."""
     if sys.version_info < (3, 11):  # noqa: UP036  an older interpreter is what this is for
         sys.exit(f"error: CPython 3.11 or later is needed, this is {sys.version.split()[0]}")
     pins = (ROOT / "constraints.txt").read_bytes() + (ROOT / "pyproject.toml").read_bytes()
-    wanted = {hashlib.sha256(pins + e.encode()).hexdigest() for e in ("pipeline,dev", extras)}
+    wanted = {hashlib.sha256(pins + e.encode()).hexdigest() for e in EXTRAS[EXTRAS.index(extras) :]}
     stamp = VENV / "casemate-setup"
     if PYTHON.exists() and stamp.exists() and stamp.read_text() in wanted:
         return
@@ -90,6 +95,13 @@ def test(tier: str) -> None:
     call([str(PYTHON), "-m", "mypy"])
     marks = {"unit": "not slow and not full", "gate": "not full", "full": ""}[tier]
     call([str(PYTHON), "-m", "pytest", "-m", marks, "-n", "2", "--dist", "loadfile"], OMP_NUM_THREADS="1")
+
+
+def demo(port: int) -> None:
+    """Set up, then `casemate demo` for the profile of params.yaml."""
+    set_up("pipeline,demo")
+    command = "from casemate.cli import main; main()"
+    call([str(PYTHON), "-c", command, "demo", "--port", str(port)])
 
 
 def write_profile(name: str, seed: int | None, force: bool) -> None:
@@ -179,6 +191,7 @@ def parse() -> argparse.Namespace:
     commands.add_parser("test").add_argument("tier", nargs="?", default="unit", choices=TIERS)
     commands.add_parser("check")
     commands.add_parser("summary")
+    commands.add_parser("demo").add_argument("--port", type=int, default=8080)
     commands.add_parser("ui").add_argument("--port", type=int, default=5000)
     command = commands.add_parser("runs")
     command.add_argument("action", choices=("rebuild", "find"))
@@ -194,6 +207,8 @@ def main() -> None:
         run(options.profile, options.seed, options.force)
     elif options.command == "test":
         test(options.tier)
+    elif options.command == "demo":
+        demo(options.port)
     else:
         os.chdir(ROOT)
         if not PYTHON.exists() and shutil.which("dvc") is None:

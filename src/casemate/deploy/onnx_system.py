@@ -27,7 +27,8 @@ class OnnxSystem(System):
     def __init__(self, path: Path | str, device: Device = "auto") -> None:
         """Raises UserError if `path` is not a model that can be used here, or no GPU can be used and is asked for."""
         self.model = OnnxModel(path, device)
-        self.path, self.provider, self.metadata = self.model.path, self.model.provider, self.model.metadata
+        self.path, self.session = self.model.path, self.model.session
+        self.provider, self.metadata = self.model.provider, self.model.metadata
         self.name, self.input_shape = self.path.stem, self.model.input.shape
         self.num_classes, self.outputs = self.model.num_classes, self.model.outputs
         self.offers = SCORES
