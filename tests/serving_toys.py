@@ -28,7 +28,12 @@ RATE = {"accuracy": 0.75, "low": 0.7, "high": 0.8, "n": 400}
 
 
 def write_model(
-    path: Path, shape: tuple[int, int, int] = SHAPE, *, score: bool = True, weights: np.ndarray | None = None
+    path: Path,
+    shape: tuple[int, int, int] = SHAPE,
+    *,
+    score: bool = True,
+    detector: bool = False,
+    weights: np.ndarray | None = None,
 ) -> Path:
     """A linear classifier in the form of an exported file; its manifold score is the sigmoid of the mean pixel."""
     weights = np.resize(WEIGHTS, (int(np.prod(shape)), 10)) if weights is None else weights
@@ -39,11 +44,15 @@ def write_model(
         helper.make_node("ReduceMean", ["flat", "one"], ["mean"], keepdims=0),
         helper.make_node("Sigmoid", ["mean"], ["manifold_score"]),
     ]
+    if detector:  # flags images whose mean is above 1/2
+        half = numpy_helper.from_array(np.array(0.5, np.float32), "half")
+        nodes.append(helper.make_node("Sub", ["mean", "half"], ["detector"]))
     images = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", *shape])
     outputs: list[tuple[str, list[Any]]] = [("logits", ["batch", 10]), ("probabilities", ["batch", 10])]
-    outputs += [("manifold_score", ["batch"])] * score
+    outputs += [("manifold_score", ["batch"])] * score + [("detector", ["batch"])] * detector
     made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, form) for name, form in outputs]
     constants = [numpy_helper.from_array(weights, "weights"), numpy_helper.from_array(np.array([1]), "one")]
+    constants += [half] if detector else []
     graph = helper.make_graph(nodes, "toy", [images], made, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     strings = Metadata(ABOUT, "limited" if score else "plain", shape, "float32-nchw").strings()

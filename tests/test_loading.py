@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -19,11 +20,14 @@ from casemate.deploy.card import CARD, MODEL
 from casemate.errors import UserError
 from casemate.loading import STORE, resolve
 from casemate.params import check_params
+from casemate.serving.limits import Limits
+from casemate.serving.pictures import Picture
+from casemate.serving.service import Service
 from casemate.threat import TOLERANCE
 from pipeline.common import STATE, md5
 from pipeline.profile import resolved
 from tests.deploy_toys import ABOUT
-from tests.serving_toys import SHAPE, released
+from tests.serving_toys import SHAPE, released, write_model
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,22 @@ def test_without_a_registry_the_mend_is_said(tmp_path: Path, monkeypatch: pytest
 
 def test_it_looks_where_the_pipeline_keeps_its_registry_and_allows_what_an_attack_does() -> None:
     assert STORE == STATE / "mlflow" and runtime.TOLERANCE == TOLERANCE
+
+
+def test_what_a_files_detector_flags(tmp_path: Path) -> None:
+    model = casemate.load(write_model(tmp_path / "m.onnx", detector=True), "cpu")
+    bright = np.stack([np.full(SHAPE, value, np.float32) for value in (0.4, 0.6)])
+    found = model.predict(bright)
+    assert found.rejected is not None and found.rejected.tolist() == [False, True]
+
+    async def ask() -> list[bool | None]:
+        service = Service(model, Limits(), name="m")
+        async with service.open():
+            answers = [await service.picture(Picture(image[None], (8, 8), ())) for image in bright]
+        assert service.metrics.flagged._value.get() == 1
+        return [answer.rejected for answer in answers]
+
+    assert asyncio.run(ask()) == [False, True]
 
 
 def test_a_path_needs_neither_torch_nor_mlflow(folder: Path) -> None:

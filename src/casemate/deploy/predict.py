@@ -9,7 +9,7 @@ import numpy as np
 
 from casemate.deploy import card
 from casemate.deploy.card import Card
-from casemate.deploy.runtime import OnnxModel, check_range
+from casemate.deploy.runtime import DETECTOR, OnnxModel, check_range
 from casemate.deploy.session import Device
 from casemate.errors import UserError
 
@@ -17,13 +17,15 @@ from casemate.errors import UserError
 @dataclass(frozen=True)
 class Prediction:
     """For N images. labels (N,) int64; names (N,) class names; probabilities and logits N x classes float32;
-    manifold_score (N,) float32 in [0, 1], how clean each image looks to the critic, where the file has one."""
+    manifold_score (N,) float32 in [0, 1], how clean each image looks to the critic, where the file has one. rejected
+    (N,) bool: images that the file's detector flags, where it has one; their labels are not to be used."""
 
     labels: np.ndarray
     names: tuple[str, ...]
     probabilities: np.ndarray
     logits: np.ndarray
     manifold_score: np.ndarray | None
+    rejected: np.ndarray | None
 
 
 class Predictor:
@@ -50,13 +52,14 @@ class Predictor:
         """images: uint8 in [0, 255] or float in [0, 1]; one image or a batch; channels first or last, or without a
         channel axis where the model takes one channel. Raises UserError if they do not fit the model."""
         batch = self._batch(np.asarray(images))
-        names = [n for n in ("logits", "probabilities", "manifold_score") if n in self.model.outputs]
+        wanted = ("logits", "probabilities", "manifold_score", *((DETECTOR,) if self.model.rejects else ()))
+        names = [name for name in wanted if name in self.model.outputs]
         scores = self.model.run(batch, names) if "logits" in names else {}
         logits = scores["logits"] if scores else self.model.run(batch)[self.model.scores]
         labels = logits.argmax(1).astype(np.int64)
         return Prediction(
             labels, tuple(self.classes[label] for label in labels), scores.get("probabilities", softmax(logits)),
-            logits, scores.get("manifold_score"),
+            logits, scores.get("manifold_score"), scores[DETECTOR] > 0 if self.model.rejects else None,
         )  # fmt: skip
 
     def _batch(self, images: np.ndarray) -> np.ndarray:

@@ -14,6 +14,8 @@ from casemate.deploy.session import Device, first_line, open_session
 from casemate.errors import UserError
 
 MOST = 500  # images per run of the session
+DETECTOR = "detector"
+"""An output of ours, (N,): the image is to be rejected where it is above 0."""
 TOLERANCE = 1e-6  # as in casemate.threat, which needs PyTorch
 
 
@@ -65,6 +67,11 @@ class OnnxModel:
     def classes(self) -> tuple[str, ...] | None:
         """Class names, where the file has them."""
         return None if self.metadata is None else self.metadata.about.classes
+
+    @property
+    def rejects(self) -> bool:
+        """Whether a detector is in the file, which is then one of ours."""
+        return self.metadata is not None and DETECTOR in self.outputs
 
     def run(self, images: np.ndarray, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """The named outputs (by default all) for N x C x H x W float32 images in [0, 1], any N."""

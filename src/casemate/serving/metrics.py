@@ -43,6 +43,7 @@ class Metrics:
             "casemate_manifold_score", "How clean each image looks to the critic; low: perturbed.", buckets=SHARES,
             registry=registry,
         )  # fmt: skip
+        self.flagged = Counter("casemate_flagged", "Images that the model's detector flags.", registry=registry)
         self.confidence = Histogram(
             "casemate_confidence", "The probability of each image's class.", buckets=SHARES, registry=registry
         )

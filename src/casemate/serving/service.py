@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from casemate.deploy.predict import Predictor, softmax
+from casemate.deploy.runtime import DETECTOR
 from casemate.deploy.session import Device
 from casemate.loading import Source, resolve
 from casemate.serving.batching import Batcher
@@ -52,12 +53,14 @@ class Seen(BaseModel):
 
 
 class Answer(BaseModel):
-    """`manifold_score` in [0, 1]: how clean the picture looks to the model's critic; None where it has none."""
+    """`manifold_score` in [0, 1]: how clean the picture looks to the model's critic. `rejected`: the model's detector
+    flags the picture, so that its class is not to be used. None where the model has no critic, or no detector."""
 
     label: int
     name: str = Field(serialization_alias="class")
     probability: float
     manifold_score: float | None
+    rejected: bool | None
     tested: Tested | None
     top: list[Guess]
     picture: Seen
@@ -121,8 +124,9 @@ class Service:
         score = found.get("manifold_score")
         return Answer(
             label=top[0].label, name=top[0].name, probability=top[0].probability, tested=self.tested, top=top,
-            manifold_score=None if score is None else float(score[0]), model=self.name, version=self.version,
-            picture=Seen(width=picture.size[0], height=picture.size[1], changes=list(picture.changes)),
+            manifold_score=None if score is None else float(score[0]),
+            rejected=bool(found[DETECTOR][0] > 0) if DETECTOR in found else None, model=self.name,
+            version=self.version, picture=Seen(width=picture.size[0], height=picture.size[1], changes=list(picture.changes)),
         )  # fmt: skip
 
     def about(self) -> dict[str, Any]:
@@ -139,7 +143,10 @@ class Service:
     @property
     def _watched(self) -> set[str]:
         """Outputs that the counters read."""
-        return {"probabilities", "manifold_score", self.model.scores} & {o.name for o in self.model.per_image}
+        wanted = {"probabilities", "manifold_score", self.model.scores} | (
+            {DETECTOR} if self.model.rejects else set()
+        )
+        return wanted & {o.name for o in self.model.per_image}
 
     def _probabilities(self, found: dict[str, np.ndarray]) -> np.ndarray:
         return found["probabilities"] if "probabilities" in found else softmax(found[self.model.scores])
@@ -151,6 +158,8 @@ class Service:
             self.metrics.confidence.observe(float(shares[row, label]))
         for label in set(labels):
             self.metrics.predictions.labels(self.predictor.classes[label]).inc(labels.count(label))
+        if self.model.rejects:
+            self.metrics.flagged.inc(int((found[DETECTOR] > 0).sum()))
         for score in found.get("manifold_score", ()):
             self.metrics.manifold.observe(float(score))
 

@@ -64,7 +64,7 @@ class Contender:
         if self.trained is not None:
             from casemate.training.artifact import load_system
 
-            return load_system(self.trained, self.mode)
+            return load_system(self.trained, self.mode and self.mode.partition(".")[0])  # float16 and the like
         from casemate.deploy.onnx_system import OnnxSystem
 
         return OnnxSystem(self.predictor.model.path, "cpu")
