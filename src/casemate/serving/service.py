@@ -126,7 +126,8 @@ class Service:
             label=top[0].label, name=top[0].name, probability=top[0].probability, tested=self.tested, top=top,
             manifold_score=None if score is None else float(score[0]),
             rejected=bool(found[DETECTOR][0] > 0) if DETECTOR in found else None, model=self.name,
-            version=self.version, picture=Seen(width=picture.size[0], height=picture.size[1], changes=list(picture.changes)),
+            version=self.version,
+            picture=Seen(width=picture.size[0], height=picture.size[1], changes=list(picture.changes)),
         )  # fmt: skip
 
     def about(self) -> dict[str, Any]:
