@@ -30,7 +30,7 @@ class OnnxSystem(System):
         self.path, self.session = self.model.path, self.model.session
         self.provider, self.metadata = self.model.provider, self.model.metadata
         self.name, self.input_shape = self.path.stem, self.model.input.shape
-        self.num_classes, self.outputs = self.model.num_classes, self.model.outputs
+        self.num_classes, self.outputs, self.scores = self.model.num_classes, self.model.outputs, self.model.scores
         self.offers = SCORES
         self.rejects = self.metadata is not None and bool(self.metadata.detector)
         self.changes_inference = self.metadata is not None and (self.metadata.form != "plain" or self.rejects)
@@ -44,8 +44,8 @@ class OnnxSystem(System):
 
     def logits(self, x: Tensor) -> Tensor:
         """N x classes, on the device of `x`; float32 in [0, 1], any N. Grey levels are rounded for a uint8 input."""
-        scores = self.model.scores
-        return torch.from_numpy(self.run(x.detach().cpu().numpy(), [scores])[scores]).to(x.device)
+        found = self.run(x.detach().cpu().numpy(), [self.scores])[self.scores]
+        return torch.from_numpy(found).to(x.device)
 
     def run(self, images: np.ndarray, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """The named outputs (by default all) for N x C x H x W float32 images in [0, 1], any N."""
