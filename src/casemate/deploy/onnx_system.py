@@ -27,9 +27,9 @@ class OnnxSystem(System):
     def __init__(self, path: Path | str, device: Device = "auto") -> None:
         """Raises UserError if `path` is not a model that can be used here, or no GPU can be used and is asked for."""
         self.model = OnnxModel(path, device)
-        self.path, self.session = self.model.path, self.model.session
+        self.path, self.session, self.input = self.model.path, self.model.session, self.model.input
         self.provider, self.metadata = self.model.provider, self.model.metadata
-        self.name, self.input_shape = self.path.stem, self.model.input.shape
+        self.name, self.input_shape = self.path.stem, self.input.shape
         self.num_classes, self.outputs, self.scores = self.model.num_classes, self.model.outputs, self.model.scores
         self.offers = SCORES
         self.rejects = self.metadata is not None and bool(self.metadata.detector)
