@@ -33,8 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 NEEDED = {
     "torch": "torch", "numpy": "numpy", "pydantic": "pydantic pydantic-core annotated-types typing-inspection",
-    "typing_extensions": "typing-extensions", "yaml": "pyyaml", "safetensors": "safetensors", "scipy": "scipy",
-    "pyarrow": "pyarrow", "PIL": "pillow",
+    "typing_extensions": "typing-extensions", "yaml": "pyyaml", "safetensors": "safetensors",
 }  # fmt: skip
 """Module -> packages that bring it. Nothing else is imported by training and evaluation."""
 PIECE = 15_000_000

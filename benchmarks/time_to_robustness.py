@@ -126,12 +126,11 @@ def autoattack(
 
     from casemate.attacks.autoattack import AutoAttack
     from casemate.attacks.reduced import ReducedSearch
-    from casemate.evaluation.ledger import full_precision
     from casemate.evaluation.robustness import wilson
     from casemate.seeding import derive
     from casemate.threat import ThreatModel, untargeted
     from casemate.training.memory import in_pieces
-    from casemate.training.precision import has_bf16
+    from casemate.training.precision import exact, has_bf16
 
     attack: Any = AutoAttack(
         **{"diagnose": False, "check_every": 5 if test.device.type == "cuda" else 1, **parameters}
@@ -144,7 +143,7 @@ def autoattack(
         begun = time.monotonic()
         rows = torch.arange(number * chunk, min((number + 1) * chunk, images), device=test.device)
         x, y = test.x(rows), test.labels[rows]
-        with full_precision():
+        with exact(test.device):
             right = system.decide(x) == y
             robust = right.clone()
             at = right.nonzero()[:, 0]

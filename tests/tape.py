@@ -4,6 +4,7 @@ with the numbers that Python had when it was captured. Nothing of the work takes
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -57,8 +58,18 @@ class Tape(TorchDispatchMode):
                         old.detach().copy_(new)
 
 
+class CPU:
+    """A backend of `casemate.training.graphs`."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        return tape(work)
+
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 def tape(work: Callable[[], None]) -> Callable[[], None]:
-    """A backend of `casemate.training.graphs` for the CPU."""
+    """What `work` did; it has no effect before that is called."""
     recording = Tape()
     with torch.random.fork_rng([]), recording:
         work()

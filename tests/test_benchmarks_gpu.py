@@ -169,7 +169,7 @@ class Bare:
 sys.meta_path.insert(0, Bare())
 import benchmarks.gpu_items as items, benchmarks.carried, benchmarks.on_gpu
 import casemate.attacks.autoattack, casemate.attacks.reduced, casemate.data.device
-import casemate.evaluation.ledger, casemate.evaluation.robustness, safetensors.torch
+import casemate.evaluation.robustness, casemate.training.loop, safetensors.torch
 from casemate import registry
 for name in items.DEFENSES:
     registry.resolve("defense", name)

@@ -3,7 +3,7 @@ memory, so whatever a graph would have baked in wrongly shows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from casemate.fields import spec
 from casemate.trainable import Context, Moment, Update
 from casemate.training import graphs
 from casemate.training.loop import Trained
-from tests.tape import tape
+from tests.tape import CPU
 from tests.training_toys import CLASSES, data, recipe, run, same, weights
 
 
@@ -30,17 +30,18 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Captures on the CPU; one entry a graph, the number of its replays."""
     made: list[int] = []
 
-    def backend(work: Any) -> Any:
-        replay, number = tape(work), len(made)
-        made.append(0)
+    class Counting(CPU):
+        def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+            replay, number = super().capture(work), len(made)
+            made.append(0)
 
-        def counted() -> None:
-            made[number] += 1
-            replay()
+            def counted() -> None:
+                made[number] += 1
+                replay()
 
-        return counted
+            return counted
 
-    monkeypatch.setitem(graphs.BACKENDS, "cpu", backend)
+    monkeypatch.setitem(graphs.BACKENDS, "cpu", Counting)
     return made
 
 

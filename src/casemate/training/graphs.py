@@ -10,6 +10,7 @@ the method has read. Steps for which this cannot be had run as they are, which i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,21 +29,40 @@ Body = Callable[[Tensor, Tensor], None]
 
 
 class Backend(Protocol):
-    """How work is captured: `cuda` here; a tape that repeats it on the CPU in tests."""
+    """How work is captured: `Cuda` here; a tape that repeats it on the CPU in tests."""
 
-    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Capture what `work` does, without its taking effect; the result does it."""
         ...
 
-
-def cuda(work: Callable[[], None]) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+    def aside(self) -> AbstractContextManager[None]:
+        """Where steps run before one like them is captured."""
+        ...
 
 
-BACKENDS: dict[str, Backend] = {"cuda": cuda}
+class Cuda:
+    """Captures on a stream of its own, on which the steps before have run: nothing that autograd remembers of them
+    then ties the capture to work outside it."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            work()
+        return graph.replay
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        outside = torch.cuda.current_stream()
+        self.stream.wait_stream(outside)
+        with torch.cuda.stream(self.stream):
+            yield
+        outside.wait_stream(self.stream)
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {"cuda": Cuda}
 """By type of device."""
 
 
@@ -232,7 +252,7 @@ class StepGraphs:
             drawn.append(((func, args, kwargs), made))
             return made
 
-        with Draws(self.context.rng, seen):
+        with self.backend.aside(), Draws(self.context.rng, seen):
             self.body(x, y)
         count = 1 + (before.count if before is not None and equal else 0)
         self.warm[shape] = _Warm(count, moment, frozenset(self.state.touched), drawn)
@@ -256,7 +276,7 @@ class StepGraphs:
                 self.body(made.x, made.y)
 
         try:
-            made.replay = self.backend(work)
+            made.replay = self.backend.capture(work)
             made.losses = [(players, loss) for _, players, loss in pending[first:]]
             made.logs = dict(context.logs)
             seen = state.touched | given.keys()

@@ -221,7 +221,7 @@ class _Run:
             return
         self.updates.capturable()
         torch.backends.cudnn.benchmark = True  # shapes do not change, and the first steps are not captured
-        self.advance = StepGraphs(self._body, self.context, self.updates, self.device, note, backend)
+        self.advance = StepGraphs(self._body, self.context, self.updates, self.device, note, backend())
 
     def _epoch(self) -> None:
         end = min(self.per_epoch, self.total - self.epoch * self.per_epoch)

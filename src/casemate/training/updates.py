@@ -64,8 +64,9 @@ class Updates:
             for group in player.optimizer.param_groups:
                 if player.schedule is not None and not isinstance(group["lr"], Tensor):
                     group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
-                if "capturable" in group and not group.get("fused"):
+                if "capturable" in group and self.device.type == "cuda":
                     group["capturable"] = True
+                    player.optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are not captured
 
     def clear(self) -> None:
         """Drop every player's gradient."""
