@@ -63,14 +63,9 @@ def items(slice_: Slice) -> list[Item]:
             )
         )
     found += records(["cifar10_50", "cifar10_48"]) + trainings(["n_fgsm", "trades", "atld", "feature_scattering"])
-    found.append(
-        Item(
-            "rate-main-compiled",
-            partial(rates, problem=main, method="at_pgd", variants=COMPILED),
-            lambda _: 150,
-            ("card",),
-        )
-    )
+    if not tiny:
+        compiled = partial(rates, problem=main, method="at_pgd", variants=COMPILED)
+        found.append(Item("rate-main-compiled", compiled, lambda _: 150, ("card",)))
     found += trainings([name for name in DEFENSES if f"train-{name}" not in {item.name for item in found}])
     found.append(Item("captured", captured, lambda _: 60, ("card",)))
     return found + records(["cifar10_495"])
