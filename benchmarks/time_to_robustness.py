@@ -61,8 +61,8 @@ def _cifar(target: float, method: str, options: Mapping[str, Any], **recipe: Any
 RECIPES: dict[str, Recipe] = {
     "mnist_86": Recipe(
         "cpu", 0.86, "mnist", "fast_cnn", "at_pgd",
-        {"steps": 1, "step_factor": 2.0, "ramp": 0.3, "plan": ((0.3, 2), (0.8, 3))},
-        {"epochs": 3, "optimizer": "adam", "lr": 0.006, "batch_size": 128, "schedule": "trapezoid", "warmup": 0.1,
+        {"steps": 1, "step_factor": 2.0, "ramp": 0.3, "plan": ((0.3, 2), (0.8, 4))},
+        {"epochs": 4, "optimizer": "adam", "lr": 0.006, "batch_size": 128, "schedule": "trapezoid", "warmup": 0.1,
          "hold": 0.5, "precision": "bf16", "validate_every": 0},
         0.3, 1000, aim=0.88,
     ),

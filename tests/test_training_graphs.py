@@ -68,6 +68,7 @@ RECIPE = {
 }  # fmt: skip
 METHODS = [
     (ATPGD(steps=2), {}),
+    (ATPGD(steps=2), {"fold_norms": True}),
     (ATPGD(steps=2, bn_mode_attack="train_update"), {"optimizer": "adam", "weight_decay": 0.01}),
     (TRADES(steps=2), {"awp": 0.01, "awp_warmup": 0.4}),
     (FGSMRS(init="previous", alarm_after=1), {}),

@@ -282,7 +282,7 @@ class StepGraphs:
             seen = state.touched | given.keys()
             made.kept = {key: value for key, value in state.items() if key in seen}
             made.dropped = seen - made.kept.keys()
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             self.give_up(f"it cannot be captured ({_first_line(error)})")
             return None
         finally:

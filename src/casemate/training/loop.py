@@ -31,7 +31,7 @@ from casemate.training.recorder import NullRecorder, Recorder
 from casemate.training.signals import Interruption
 from casemate.training.snapshot import copy_into, named_tensors, pack_optimizers, under, unpack_optimizers
 from casemate.training.updates import NotFinite, Updates, require_finite
-from casemate.training.validation import can_validate, validate
+from casemate.training.validation import CHUNK, can_validate, validate
 
 CHECK_STEPS, CHECK_SECONDS = 50, 2.0  # how often the loop waits for the device
 SAVE_SECONDS = 60.0
@@ -300,10 +300,15 @@ class _Run:
         self._save()
 
     def _validate(self, data: TrainingData) -> dict[str, float]:
-        return validate(
-            self.method, self.task, self._weights(), data, seed=self.seed, device=self.device,
-            between=lambda: None if self.interruption.requested is None else self._interrupted(),
-        )  # fmt: skip
+        weights = self._weights()
+
+        def work() -> dict[str, float]:
+            return validate(
+                self.method, self.task, weights, data, seed=self.seed, device=self.device,
+                between=lambda: None if self.interruption.requested is None else self._interrupted(),
+            )  # fmt: skip
+
+        return memory.in_pieces(work, weights.get("classifier"), CHUNK, self.display.note)
 
     def _keep(self, row: dict[str, float]) -> None:
         """Hold on to the best epoch's weights, or else to those that the method wants kept."""

@@ -45,9 +45,7 @@ def in_pieces(work: Callable[[], T], module: nn.Module | None, images: int, say:
                 raise
             if piece == 1 or module is None:
                 what = "one image" if module is not None else f"{images} images at once"
-                raise UserError(
-                    f"out of memory with {what}: use a device with more, or lower evaluate.chunk"
-                ) from None
+                raise UserError(f"out of memory with {what}: use a device with more, or a smaller network") from None
             piece = max(1, piece // 2)
         free()
         say(f"out of memory: {images} images go through the network {piece} at a time; results are the same")
