@@ -77,7 +77,7 @@ def test_the_loop_fits_it_until_the_victim_errs_on_pictures_still_alike(matching
     bound = IWDAGenerator(samples=2).with_weights(spec, weights, **SIZE)
     result = bound(victim(), x[128:], untargeted(y[128:]), LINF)
     assert result.success.float().mean() > 0.4
-    assert (result.x_adv - x[128:]).abs().mean() < 0.2
+    assert (result.x_adv - x[128:]).abs().mean() < 0.25
 
 
 @pytest.mark.parametrize("matching", ["conditional", "pooled", "sliced"])
