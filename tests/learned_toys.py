@@ -40,10 +40,10 @@ def fit(spec: LearnedAttack, images: int = 1500, **changes: Any) -> tuple[dict[s
     return weights_of(trained.modules), trained.curves
 
 
-def fresh(spec: LearnedAttack, seed: int = 0) -> dict[str, Tensor]:
+def fresh(spec: LearnedAttack, seed: int = 0, shape: Any = SHAPE) -> dict[str, Tensor]:
     """Weights before any fit."""
     torch.manual_seed(seed)
-    return weights_of(spec.build(**SHAPE))
+    return weights_of(spec.build(**shape))
 
 
 def strike(

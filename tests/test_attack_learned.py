@@ -43,14 +43,14 @@ def test_each_has_an_attack_of_its_name_that_takes_its_weights_and_no_others(nam
     small: dict[str, Any] = {"width": 4} | (
         {"blocks": 1} if "blocks" in schema("learned_attack", name).model_fields else {}
     )
-    spec = trainer(**small)
-    bound = attack().with_weights(spec, fresh(spec), **SHAPE)
+    spec, shape = trainer(**small), {**SHAPE, "input_shape": (1, 16, 16)}  # large enough for a patch
+    bound = attack().with_weights(spec, fresh(spec, shape=shape), **shape)
     assert isinstance(bound, FittedAttack) and bound.needs == attack.needs and bound.binds is None
     parameters = bound.parameters()
     assert json.loads(json.dumps(parameters)) == parameters and parameters["width"] == 4 and "weights" in parameters
     stranger: Any = L2LTrainer(width=4) if name == "gap" else SPEC
     with pytest.raises(UserError, match=f"cannot use the weights of a {type(stranger).__name__}"):
-        attack().with_weights(stranger, fresh(stranger), **SHAPE)
+        attack().with_weights(stranger, fresh(stranger, shape=shape), **shape)
 
 
 def test_the_ledgers_key_follows_the_code_of_the_fitted_networks(monkeypatch: pytest.MonkeyPatch) -> None:
