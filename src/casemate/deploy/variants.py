@@ -58,6 +58,7 @@ def _half(model: Any) -> Any:
         warnings.simplefilter("ignore")  # of numbers that half precision cuts
         proto = convert_float_to_float16(model, keep_io_types=True)
     _drop_doubles(proto.graph)
+    del proto.graph.value_info[:]  # of some values it still names the old type
     made = onnx_ir.from_proto(proto)
     TopologicalSortPass()(made)  # the converter leaves its casts at the end
     return onnx_ir.to_proto(made)
