@@ -65,7 +65,8 @@ def test_a_purifying_file_has_a_half_but_no_int8(system: TorchSystem, train: np.
     make_variant(path, tmp_path / "a.onnx", "float16", train)
     found = OnnxSystem(tmp_path / "a.onnx", "cpu").run(train)
     expected = OnnxSystem(path, "cpu").run(train)
-    np.testing.assert_allclose(found["manifold_score"], expected["manifold_score"], atol=0.02)
+    apart = np.abs(found["manifold_score"] - expected["manifold_score"])
+    assert 0 < apart.mean() < 0.01 and apart.max() < 0.1  # a critic whose score spreads over the whole of [0, 1]
 
 
 def test_a_foreign_file_is_refused(plain: Path, train: np.ndarray, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def make_variant(path: Path, out: Path, variant: Variant, calibration: np.ndarra
         raise UserError(f"{path} is a {metadata.variant} variant already; make variants of the float32 file")
     if variant == "int8" and metadata.form in ("imt", "limited"):
         raise UserError(
-            f"{path} has no int8 variant: the purification moves by the sign of a gradient that shares the "
+            f"{path.name} has no int8 variant: the purification moves by the sign of a gradient that shares the "
             "classifier's weights, and quantised weights give it other signs"
         )
     made = _half(model) if variant == "float16" else _quantised(path, calibration, metadata.layout)
