@@ -271,7 +271,7 @@ class Study:
         """Write it as JSON, to a temporary name and renamed."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(rounded(self.as_dict()), indent=1, allow_nan=False) + "\n")
         temporary.replace(path)
 
 
@@ -294,6 +294,15 @@ def study(
     return Study(
         table, {row: histograms(by) for row, by in found.items()}, within, list(ablations), dict(about or {})
     )
+
+
+def rounded(content: Any) -> Any:
+    """The same with six digits of every number: what is written is looked at, and committed."""
+    if isinstance(content, Mapping):
+        return {key: rounded(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [rounded(value) for value in content]
+    return float(f"{content:.6g}") if isinstance(content, float) else content
 
 
 def _share(hits: int, n: int) -> float | None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from casemate.errors import UserError
 from casemate.reporting.theme import DASHES, MARKERS, Draw, Theme, canvas, save_png
 
 WIDTH = 900
+COLOURS = 64
 NAMES = {"linf": "linf", "l2": "l2", "mean_abs": "mean |difference|"}
 
 
@@ -30,7 +32,16 @@ def pictures(path: Path, folder: Path) -> list[Path]:
         drawn[f"ablation-{plain(table['option'])}.png"] = ablation_figure(table)
     for name, draw in drawn.items():
         save_png(draw, folder / name, WIDTH)
+        lighten(folder / name)
     return [folder / name for name in drawn]
+
+
+def lighten(path: Path) -> None:
+    """Few colours: a figure of lines needs no more, and these files are committed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with Image.open(path) as drawn:
+        drawn.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(temporary, "PNG", optimize=True)
+    temporary.replace(path)
 
 
 def distance_figure(found: Mapping[str, Any]) -> Draw:
@@ -53,6 +64,8 @@ def distance_figure(found: Mapping[str, Any]) -> Draw:
             axes.set(title=NAMES.get(name, name), ylabel="share of successes")
             if panel["log"]:
                 axes.set_xscale("log")
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter("")
         for axes in panels[len(found) :]:
             axes.axis("off")
         handles, names = panels[0].get_legend_handles_labels()
