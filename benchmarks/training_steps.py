@@ -211,7 +211,7 @@ def data_path(rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=registry.names("defense"), default=list(CASES))
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--skip-large", action="store_true", help="leave out PreActResNet-18's share of the ceiling")
     parser.add_argument(
         "--again", action="store_true", help="measure the defenses of --only and put them among the rest"

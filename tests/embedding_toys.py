@@ -90,7 +90,7 @@ class Bench:
     def step(self, x: Tensor, y: Tensor, **at: Any) -> list[tuple[tuple[str, ...], float]]:
         """One batch: (players, loss) of every update."""
         done = list(self.stepping(x, y, **at))
-        losses = [float(loss) for _, _, loss in self.updates._pending[-len(done) :]]
+        losses = [float(loss) for _, _, loss in self.updates.pending[-len(done) :]]
         return list(zip(done, losses, strict=True))
 
 

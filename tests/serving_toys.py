@@ -90,18 +90,20 @@ class Server:
                  *options],
                 stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
             )  # fmt: skip
-        self.port = self._port(seconds=60)
+        self.port = self._port(seconds=120)
 
     def _port(self, seconds: float) -> int:
         assert self.process.stdout is not None
-        end, said = time.monotonic() + seconds, ""
-        while time.monotonic() < end and self.process.poll() is None:
-            if select.select([self.process.stdout], [], [], 0.2)[0]:
-                line = self.process.stdout.readline()
-                said += line
-                found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+        end, said, pipe = time.monotonic() + seconds, "", self.process.stdout.fileno()
+        while time.monotonic() < end:
+            if select.select([pipe], [], [], 0.2)[0]:
+                part = os.read(pipe, 4096).decode()  # not by line: what a buffer holds, `select` does not see
+                said += part
+                found = re.search(r"http://127\.0\.0\.1:(\d+)\D", said)
                 if found:
                     return int(found[1])
+                if not part:
+                    break
         self.process.kill()
         raise AssertionError(f"the server did not start: {said}{self.log.read_text()}")
 

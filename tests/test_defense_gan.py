@@ -80,7 +80,7 @@ def test_the_generators_loss_by_hand() -> None:
     critic, generator = (copy.deepcopy(bench.modules[name]) for name in ("critic", "generator"))
     next(stepping)
     codes = torch.randn(2, 8, 3, generator=seeded("step", 0))
-    assert float(bench.updates._pending[-1][2]) == pytest.approx(-critic(generator(codes[1])).mean().item(), rel=1e-5)
+    assert float(bench.updates.pending[-1][2]) == pytest.approx(-critic(generator(codes[1])).mean().item(), rel=1e-5)
 
 
 def test_the_gan_has_its_own_optimizer() -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
 SHAPES: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "digits_cnn": ((1, 8, 8), {}), "stl10_cnn": ((3, 96, 96), {}), "resnet18": ((3, 64, 64), {}),
-    "resnet101": ((3, 64, 64), {}), "inception_v3": ((3, 75, 75), {"side": 80}),
+    "resnet101": ((3, 64, 64), {}), "efficientnet_lite": ((3, 64, 64), {}), "inception_v3": ((3, 75, 75), {"side": 80}),
     "wrn": (CIFAR, {"depth": 10, "width": 2}), "madry_wrn": (CIFAR, {}),
     **{name: (MNIST, {}) for name in ("lenet5", "small_cnn", "madry_cnn", "fast_cnn", "er_conv")},
 }  # fmt: skip
@@ -52,7 +52,9 @@ def test_every_registered_classifier(name: str) -> None:
     torch.manual_seed(0)
     net = build_network(name, input_shape=shape, num_classes=10, **options)
     settled(net, shape[0], shape[1])
-    net.head.weight.data.normal_(std=0.1)  # some begin with zeros, and no gradient
+    for part in net.head.modules():
+        if isinstance(part, nn.Linear):
+            part.weight.data.normal_(std=0.1)  # some begin with zeros, and no gradient
     graph = gradient_graph(net, first, images(2, shape))  # which compares it with autograd, value by value
     for n in (1, 3):
         gradient, value, outputs = graph(images(n, shape))
