@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
 SHAPES: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "digits_cnn": ((1, 8, 8), {}), "stl10_cnn": ((3, 96, 96), {}), "resnet18": ((3, 64, 64), {}),
-    "resnet101": ((3, 64, 64), {}), "efficientnet_lite": ((3, 64, 64), {}), "inception_v3": ((3, 75, 75), {"side": 80}),
-    "wrn": (CIFAR, {"depth": 10, "width": 2}), "madry_wrn": (CIFAR, {}),
+    "resnet101": ((3, 64, 64), {}), "efficientnet_lite": ((3, 64, 64), {}),
+    "inception_v3": ((3, 75, 75), {"side": 80}), "wrn": (CIFAR, {"depth": 10, "width": 2}), "madry_wrn": (CIFAR, {}),
     **{name: (MNIST, {}) for name in ("lenet5", "small_cnn", "madry_cnn", "fast_cnn", "er_conv")},
 }  # fmt: skip
 """The others take CIFAR's."""

@@ -26,6 +26,7 @@ from casemate.deploy.parity_numbers import (
     imt_checks,
     noise_checks,
     plain_checks,
+    wavering,
 )
 from casemate.deploy.sides import Sides, exact_float32
 from casemate.errors import UserError
@@ -130,7 +131,7 @@ def _end_to_end(sides: Sides, name: str, data: Labelled, figures: dict[str, Any]
             unsteady += int((first != second).sum())
     total = len(data)
     figures[name] = {"n": total, "accuracy": right / total, "accuracy_torch": right_torch / total}
-    agreement = min(AGREEMENT, 1 - 1 / total) - 2 * unsteady / total
+    agreement = min(AGREEMENT, 1 - 1 / total) - wavering(unsteady / total, total)
     return [
         check(f"{name} agreement", agreed / total, agreement,
               f"share of {total} images with the same label", at_least=True),

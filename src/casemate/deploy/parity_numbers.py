@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,12 @@ def plain_checks(sides: Sides, test: Labelled, n: int, figures: dict[str, Any]) 
     return [_logit_check(largest), _softmax_check(largest)]
 
 
+def wavering(share: float, n: int) -> float:
+    """In how many of `n` images, as a share, two noisy answers may differ where `share` was seen to: twice that, as
+    one of the two has noise of another kind, and three standard errors."""
+    return 2 * share + 3 * math.sqrt(share * (1 - share) / n)
+
+
 def noise_checks(sides: Sides, test: Labelled, n: int, figures: dict[str, Any]) -> list[Check]:
     """Of a file that draws its own noise: no number of PyTorch's can come back, so answers are compared with what two
     answers of PyTorch differ in."""
@@ -101,8 +108,9 @@ def noise_checks(sides: Sides, test: Labelled, n: int, figures: dict[str, Any]) 
     figures["labels"] = {"differ": differ / n, "differ_torch": differ_torch / n}
     return [
         check(
-            "labels", differ / n, 2 * differ_torch / n + NOISE,
-            "share of images with another label than PyTorch's; twice what two of its answers differ in + 0.005",
+            "labels", differ / n, wavering(differ_torch / n, n) + NOISE,
+            "share of images with another label than PyTorch's; twice what two of its answers differ in, three "
+            "standard errors, and 0.005",
         ),
         check("repeats", same / n, 0.0, "share of images whose logits come back the same from a second run"),
         _softmax_check(largest),
