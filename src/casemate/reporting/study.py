@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from casemate.errors import UserError
 from casemate.reporting.theme import DASHES, MARKERS, Draw, Theme, canvas, save_png
 
 WIDTH = 900
+TITLE = 30  # letters on a line above a panel
 COLOURS = 64
 NAMES = {"linf": "linf", "l2": "l2", "mean_abs": "mean |difference|"}
 
@@ -61,7 +63,7 @@ def distance_figure(found: Mapping[str, Any]) -> Draw:
                     values["density"], panel["edges"], label=f"{attack} (n = {values['n']})", linewidth=1.6, **look
                 )
                 axes.axvline(values["median"], linewidth=0.8, **look)
-            axes.set(title=NAMES.get(name, name), ylabel="share of successes")
+            axes.set(title=textwrap.fill(NAMES.get(name, name), TITLE), ylabel="share of successes")
             if panel["log"]:
                 axes.set_xscale("log")
                 axes.xaxis.set_major_formatter("{x:g}")
