@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = Path(__file__).parent / "results" / "time_to_robustness"
+SEEDS = 3  # fewer make no record
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def summary(name: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
         for kind in ("cold", "warm", "training") if all(kind in s for s in seeds)
     }  # fmt: skip
     lowest = min((s["score"]["autoattack"] for s in whole), default=None)
-    reached = lowest is not None and len(whole) == len(seeds) and lowest >= record.target
+    reached = lowest is not None and len(whole) == len(seeds) >= SEEDS and lowest >= record.target
     return {
         "record": name, "target": record.target, "aim": record.aim, "reached": reached, "lowest": lowest,
         "worst_times": worst, "seeds": seeds,
@@ -253,7 +254,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", nargs="+", choices=list(RECIPES))
     parser.add_argument("--data", type=Path, default=Path("data/raw"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-warm", action="store_true", help="leave out the second training")
     parser.add_argument("--epochs", type=float, help="other than the recipe's: then nothing is a record")

@@ -241,7 +241,7 @@ def test_what_is_done_to_a_picture_is_said() -> None:
 
 
 BAD_PICTURES = {
-    "nothing": (b"", 400, "empty"), "text": (b"hello", 400, "not a picture"),
+    "nothing": (b"", 400, "empty"), "text": (b"hello", 400, "neither JPEG nor PNG"),
     "half a picture": (encoded(GREY.resize((64, 64)))[:900], 400, "not a picture"),
     "a header only": (encoded(GREY)[:40], 400, "not a picture"),
     "the other kind": (encoded(GREY, "JPEG"), 415, "the picture is JPEG"), 

@@ -254,7 +254,7 @@ def serve(
         if name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", name):
             raise UserError("--name: at most 100 letters, digits, '_', '.' and '-', and no mark first")
         limits = Limits(images=images, batch=batch, wait=wait_ms / 1000, pixels=pixels, headers=timeout,
-                        body=timeout, writing=timeout,                         queue=max(1024, images))  # fmt: skip
+                        body=timeout, writing=timeout, queue=max(1024, images))  # fmt: skip
         with listen(host, port) as listening:
             service = Service.load(model, limits, device=device, threads=threads or None, name=name)
             if service.verified == "nothing":

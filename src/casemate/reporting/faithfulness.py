@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from casemate.registry import names
 from casemate.reporting.inputs import ReportInputs
-from casemate.reporting.leaderboard import Entry, Leaderboard
+from casemate.reporting.leaderboard import Entry, build
 
 HEAD = """# Published figures beside ours
 
@@ -20,7 +20,8 @@ Made by `python -m pipeline faithfulness` from `src/casemate/published.yaml` and
 
 Published figures were made on other networks, by longer trainings and mostly under weaker attacks, so the two stand
 beside each other to be read, not to be compared digit by digit. Ours are adaptive worst cases per image, each with
-its number of images: **core** first, then every attack that ran. Scaled-down runs are marked.
+its number of images: **core** first, then every attack that ran. Scaled-down runs are marked. Where a method is in no
+committed report, what is said to differ are the settings of its row in the profile `mnist_all`.
 """
 ROW = "| {} | {} | {} | {} | {} | {} | {} |"
 UNKNOWN = "No published figure of it is recorded here."
@@ -77,12 +78,12 @@ def _method(about: dict[str, object]) -> Method:
 
 
 def page(reports: Path) -> str:
-    """The whole page, from every profile under `reports` that has a leaderboard."""
+    """The whole page, from every profile under `reports` that was evaluated."""
     inputs = {
-        path.parent.name: ReportInputs.load(path.parent.name, path.parent, Path("models") / path.parent.name)
-        for path in sorted(reports.glob("*/leaderboard.json"))
+        folder.parent.name: ReportInputs.load(folder.parent.name, folder.parent, Path("models") / folder.parent.name)
+        for folder in sorted(reports.glob("*/evaluate"))
     }
-    ours = [Ours(p, e) for p in inputs for e in Leaderboard.read(reports / p / "leaderboard.json").entries]
+    ours = [Ours(profile, entry) for profile, found in inputs.items() for entry in build(found).entries]
     known = published()
     lines = [HEAD, "## Defenses", ""]
     for name, method in _all(known["defenses"], "defense").items():

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from casemate.errors import shorten
 from casemate.serving.limits import Limits, Refusal
@@ -46,6 +46,8 @@ def read_picture(body: bytes, kind: str, shape: tuple[int, int, int], limits: Li
         raise
     except Image.DecompressionBombError:
         raise Refusal(413, "pixels", f"too many pixels; at most {limits.pixels:,} are taken") from None
+    except UnidentifiedImageError:  # its own words name an address in memory
+        raise Refusal(400, "picture", "not a picture that can be read: it begins as neither JPEG nor PNG") from None
     except Exception as error:  # a decoder of damaged files raises whatever it stumbles on
         raise Refusal(400, "picture", f"not a picture that can be read: {shorten(str(error), 150)}") from None
 
