@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,28 +48,11 @@ def stage(
         run(params, options)
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors() -> AbstractContextManager[None]:
     """A user's mistake, a full disk or Ctrl-C end the stage with one line; a bug keeps its traceback."""
-    from casemate.errors import UserError
+    from casemate import errors
 
-    try:
-        yield
-    except UserError as error:
-        sys.exit(_fail(str(error), 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; run the same command again to go on from the last checkpoint", 130))
-    except OSError as error:
-        if error.errno != 28:
-            raise
-        sys.exit(
-            _fail(f"no space left on the disk that holds {error.filename or Path.cwd()}; free some and rerun", 2)
-        )
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return status
+    return errors.one_line_errors("interrupted; run the same command again to go on from the last checkpoint")
 
 
 def end_with_engine() -> None:

@@ -18,7 +18,7 @@ FLOORS = {
     "data": 2, "networks": 2, "threat": 2, "iwd": 2, "objectives": 3, "system": 3, "trainable": 3,
     "randomised": 4, "attacks": 4, "purification": 5, "detectors": 6, "defenses": 6,
     "training": 7, "evaluation": 8, "deploy": 8, "reporting": 8,
-    "params": 9, "tracking": 10, "loading": 11, "serving": 12, "cli": 13, "__init__": 14,
+    "params": 9, "tracking": 10, "loading": 11, "serving": 12, "cli_serving": 13, "cli": 14, "__init__": 15,
 }  # fmt: skip
 """A module may import its own floor's package and anything below it."""
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -23,3 +28,24 @@ def near(name: str, known: Iterable[str]) -> str:
     if close:
         return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "; known: " + ", ".join(known)
+
+
+@contextmanager
+def one_line_errors(on_interrupt: str) -> Iterator[None]:
+    """End the process with one line on stderr for what the user can mend: a `UserError` or a full disk with status 2,
+    Ctrl-C, of which `on_interrupt` says what it left, with 130. A bug keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        _end(str(error), 2)
+    except KeyboardInterrupt:
+        _end(on_interrupt, 130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _end(f"no space left on the disk that holds {error.filename or Path.cwd()}; free some and run again", 2)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(status) from None
