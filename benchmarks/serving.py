@@ -243,7 +243,7 @@ def start(model: Path, repeats: int, with_mlflow: bool) -> dict[str, Any]:
 
 def mlflow_start(model: Path) -> float:
     """Of `mlflow models serve -m models:/NAME@champion`, from a registry that the project's recorder made."""
-    from casemate import tracking
+    from casemate import model_registry, tracking
     from casemate.params import check_params
     from pipeline.common import md5
     from pipeline.profile import resolved
@@ -253,8 +253,8 @@ def mlflow_start(model: Path) -> float:
     with tempfile.TemporaryDirectory() as folder:
         store, params, tags = Path(folder) / "mlflow", check_params(resolved("smoke")), {"dvc.out.md5": md5(model)}
         with tracking.stage_run(params, "export", "bench", store) as recorder:
-            recorder.model(model, example=example, registered="bench", tags=tags)
-        assert tracking.set_champion(store, params.tracking.experiment, "bench", tags["dvc.out.md5"]) == "1"
+            model_registry.register(recorder, model, example=example, registered="bench", tags=tags)
+        assert model_registry.set_champion(store, params.tracking.experiment, "bench", tags["dvc.out.md5"]) == "1"
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/bench@champion", "-p", str(port),

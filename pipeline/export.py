@@ -25,6 +25,7 @@ RAW = Path("data/raw")
 
 
 def run(params: Params, options: argparse.Namespace) -> None:
+    from casemate import model_registry
     from casemate.data import load_dataset
 
     row = row_of(params, options.row, params.export.models, "export.models")
@@ -42,12 +43,13 @@ def run(params: Params, options: argparse.Namespace) -> None:
             recorder.metrics({f"parity/{file['form']}/{n['name']}": n["value"] for n in file["numbers"]})
         images = data.test.images[:1]
         for path in sorted(out.glob("*.onnx")):
-            recorder.model(
+            model_registry.register(
+                recorder,
                 path,
                 example=images.transpose(0, 3, 1, 2).astype("float32") / 255
                 if params.export.layout == "float32-nchw" else images,
                 registered=f"casemate-{params.profile}",
-                tags={"casemate.row": row, "casemate.mode": path.stem, "dvc.out.md5": md5(path)},
+                tags={"casemate.row": row, "casemate.mode": path.stem, model_registry.MD5: md5(path)},
             )  # fmt: skip
 
 

@@ -139,14 +139,17 @@ def entry(card: Card, left: dict[str, float]) -> dict[str, Any]:
 
 def record(params: Params, recorder: MlflowRecorder, path: Path, card: Card, text: str) -> None:
     """The figures as metrics, and the gate's word and the card on the registered version of this very file."""
-    from casemate import tracking
+    from casemate import model_registry
 
     gate = card.gate
     assert gate is not None
     figures = {"served": gate.served.accuracy, "passed": float(gate.passed)}
     recorder.metrics({f"gate/{path.stem}/{name}": value for name, value in figures.items()})
-    tags = {"casemate.gate": "passed" if gate.passed else "failed", "casemate.sha256": card.sha256}
-    tracking.describe(
+    tags = {
+        "casemate.gate": "passed" if gate.passed else "failed", "casemate.sha256": card.sha256,
+        model_registry.CARD: card.text(),
+    }  # fmt: skip
+    model_registry.describe(
         STATE / "mlflow", params.tracking.experiment, f"casemate-{params.profile}", md5(path), tags, text
     )
 

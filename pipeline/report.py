@@ -65,11 +65,11 @@ KEPT = (
 
 def register(params: Params, best: Entry | None, model: Path | None) -> None:
     """Move the alias `champion` in the MLflow registry; a store that cannot be reached costs a warning."""
-    from casemate import tracking
+    from casemate import model_registry, tracking
 
     name = f"casemate-{params.profile}"
     try:
-        version = tracking.set_champion(
+        version = model_registry.set_champion(
             STATE / "mlflow", params.tracking.experiment, name, md5(model) if model else None
         )
     except Exception as error:  # a log must not cost a report, whatever its client raises

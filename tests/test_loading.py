@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 
 import casemate
-from casemate import tracking
+from casemate import model_registry, tracking
+from casemate.deploy import card as cards
 from casemate.deploy import runtime
 from casemate.deploy.card import CARD, MODEL
 from casemate.errors import UserError
@@ -105,6 +107,9 @@ def test_a_path_needs_neither_torch_nor_mlflow(folder: Path) -> None:
 # --- the registry -------------------------------------------------------------------------------------------
 
 
+NAME = "casemate-smoke"
+
+
 @pytest.fixture(scope="module")
 def registry(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A project's folder with a registry that the recorder filled: one version, the champion."""
@@ -114,8 +119,9 @@ def registry(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         params = check_params(resolved("smoke"))
         tags = {"dvc.out.md5": md5(folder / MODEL)}
         with tracking.stage_run(params, "export", "toy", STORE) as recorder:
-            recorder.model(folder / MODEL, example=IMAGES[:1], registered="casemate-smoke", tags=tags)
-        assert tracking.set_champion(STORE, params.tracking.experiment, "casemate-smoke", tags["dvc.out.md5"]) == "1"
+            model_registry.register(recorder, folder / MODEL, example=IMAGES[:1], registered=NAME, tags=tags)
+        experiment = params.tracking.experiment
+        assert model_registry.set_champion(STORE, experiment, NAME, tags["dvc.out.md5"]) == "1"
         yield home
     finally:
         os.chdir(kept)
@@ -132,6 +138,31 @@ def test_a_registered_model_by_alias_and_by_version(registry: Path, folder: Path
         with pytest.raises(UserError, match="registered models: casemate-smoke") as caught:
             casemate.load(gone)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_registered_model_tells_what_its_card_says(registry: Path, folder: Path) -> None:
+    reference, experiment = f"models:/{NAME}/1", check_params(resolved("smoke")).tracking.experiment
+    assert casemate.load(reference, "cpu").card is None, "nothing is told before the release"
+    known = cards.verify(folder)
+
+    def tell(text: str) -> None:
+        tags = {model_registry.CARD: text}
+        model_registry.describe(STORE, experiment, NAME, md5(folder / MODEL), tags, "released")
+
+    try:
+        tell(known.text())
+        assert casemate.load(reference, "cpu").card == known
+        served = Service.load(reference, Limits(), device="cpu")
+        assert served.verified == "card" and served.about()["card"] == json.loads(known.text())
+        tell(known.model_copy(update={"sha256": "0" * 64}).text())
+        with pytest.raises(UserError, match="not the file that its card was written for"):
+            casemate.load(reference, "cpu")
+        tell("{}")
+        with pytest.raises(UserError, match="the card of models:/casemate-smoke/1 is not a model card"):
+            casemate.load(reference, "cpu")
+    finally:
+        tell(known.text())
 
 
 @pytest.mark.slow

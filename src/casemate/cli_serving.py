@@ -110,6 +110,6 @@ def export_repository(
 
 def _save_model() -> Any:
     """What writes an MLflow model; None where MLflow is not installed."""
-    from casemate import tracking
+    from casemate import model_registry
 
-    return tracking.save_onnx if importlib.util.find_spec("mlflow") else None
+    return model_registry.save_onnx if importlib.util.find_spec("mlflow") else None

@@ -1,5 +1,4 @@
-"""The MLflow recorder: one run per pipeline, a child per stage; and the registry's models. Besides `pipeline/` only
-`casemate.loading` imports this module, where a model of the registry is asked for.
+"""The MLflow recorder: one run per pipeline, a child per stage.
 
 MLflow is a log and never an input: a server that cannot be reached costs a warning, not a training.
 """
@@ -11,19 +10,15 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-from casemate.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from casemate.params import Params
@@ -75,7 +70,7 @@ def connect(store: Path, experiment: str) -> tuple[Any, str]:
     import mlflow
     from mlflow.tracking import MlflowClient
 
-    _quiet()
+    quiet()
     store.mkdir(parents=True, exist_ok=True)
     uri = tracking_uri(store)
     mlflow.set_tracking_uri(uri)
@@ -88,7 +83,7 @@ def connect(store: Path, experiment: str) -> tuple[Any, str]:
         return client, client.create_experiment(experiment, artifact_location=artifacts)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     import logging
 
     for noisy in ("mlflow", "alembic", "sqlalchemy"):
@@ -142,7 +137,7 @@ class MlflowRecorder:
 
         flat = [Param(k[:250], str(v)[:PARAM_LENGTH]) for k, v in _flatten(values)]
         for start in range(0, len(flat), 100):
-            self._send(lambda part=flat[start : start + 100]: self.client.log_batch(self.run_id, params=part))
+            self.send(lambda part=flat[start : start + 100]: self.client.log_batch(self.run_id, params=part))
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         now = int(time.time() * 1000)
@@ -156,50 +151,24 @@ class MlflowRecorder:
         waiting, self._buffer = self._buffer, []
         for start in range(0, len(waiting), BATCH):
             part = [Metric(*item) for item in waiting[start : start + BATCH]]
-            self._send(lambda part=part: self.client.log_batch(self.run_id, metrics=part))
+            self.send(lambda part=part: self.client.log_batch(self.run_id, metrics=part))
 
     def tags(self, values: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
         part = [RunTag(k, v) for k, v in values.items()]
-        self._send(lambda: self.client.log_batch(self.run_id, tags=part))
+        self.send(lambda: self.client.log_batch(self.run_id, tags=part))
 
     def artifact(self, path: Path) -> None:
-        self._send(lambda: self.client.log_artifact(self.run_id, str(path)))
+        self.send(lambda: self.client.log_artifact(self.run_id, str(path)))
 
     def output(self, path: Path) -> None:
         """Tag the run with a DVC output: `dvc.lock` holds the same MD5, so each leads to the other."""
         digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
         self.tags({"dvc.out": str(path), "dvc.out.md5": digest})
 
-    def model(self, path: Path, *, example: Any, registered: str, tags: Mapping[str, str]) -> None:
-        """Log an ONNX file with its signature and example, and register it as a new version of `registered`."""
-        self._send(lambda: self._log_model(path, example, registered, tags))
-
-    def _log_model(self, path: Path, example: Any, registered: str, tags: Mapping[str, str]) -> None:
-        import mlflow
-        import onnx
-        import onnxruntime
-        from mlflow.models import infer_signature
-
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        answers = session.run(None, {session.get_inputs()[0].name: example})
-        outputs = {o.name: a for o, a in zip(session.get_outputs(), answers, strict=True)}
-        with mlflow.start_run(run_id=self.run_id):
-            logged = mlflow.onnx.log_model(
-                onnx.load(str(path)),
-                name=path.stem.replace(".", "-"),  # MLflow takes no dot
-                signature=infer_signature({session.get_inputs()[0].name: example}, outputs),
-                input_example=example,
-                onnx_execution_providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
-                pip_requirements=[f"mlflow=={mlflow.__version__}", f"onnx=={onnx.__version__}", "onnxruntime"],
-                save_as_external_data=False,
-            )
-        with contextlib.suppress(mlflow.exceptions.MlflowException):
-            self.client.create_registered_model(registered)
-        self.client.create_model_version(registered, logged.model_uri, run_id=self.run_id, tags=dict(tags))
-
-    def _send(self, call: Any) -> None:
+    def send(self, call: Any) -> None:
+        """Call it, unless a call failed before; a failure costs a warning."""
         if self._failed:
             return
         try:
@@ -279,115 +248,7 @@ def find_runs(store: Path, experiment: str, digest: str) -> list[Any]:
     return list(client.search_runs([known], f"tags.`dvc.out.md5` = '{digest}'"))
 
 
-# --- the registry -------------------------------------------------------------------------------------------
-
-
-REFERENCE = re.compile(r"(?P<name>[\w][\w .-]{0,199})(?:@(?P<alias>[\w-]{1,100})|/(?P<version>[0-9]{1,9}))")
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A version of a registered model: its files are in `folder`."""
-
-    name: str
-    version: str
-    folder: Path
-    tags: Mapping[str, str]
-
-
-def registered_model(store: Path, reference: str) -> Registered:
-    """The version that NAME@ALIAS or NAME/VERSION means, in the user's MLFLOW_TRACKING_URI, else in `store`.
-
-    Raises UserError if the reference is neither, there is no such model, or no registry.
-    """
-    shown = f"models:/{shorten(reference)}"
-    parts = REFERENCE.fullmatch(reference)
-    if parts is None:
-        raise UserError(f"{shown} names no model: write models:/NAME@ALIAS or models:/NAME/VERSION")
-    uri = tracking_uri(store)
-    if uri == local_uri(store) and not (store / "mlflow.db").exists():
-        raise UserError(f"{shown}: there is no registry in {store}; 'dvc repro' makes it, or set MLFLOW_TRACKING_URI")
-    try:
-        import mlflow
-    except ImportError:
-        raise UserError(f"{shown}: the registry needs MLflow; pip install 'casemate[pipeline]'") from None
-    from mlflow.tracking import MlflowClient
-
-    _quiet()
-    mlflow.set_tracking_uri(uri)
-    client, name = MlflowClient(uri), parts["name"]
-    try:
-        found = (
-            client.get_model_version_by_alias(name, parts["alias"]) if parts["alias"]
-            else client.get_model_version(name, parts["version"])
-        )  # fmt: skip
-        folder = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{found.version}")
-    except (mlflow.exceptions.MlflowException, OSError) as error:
-        known = ", ".join(sorted(m.name for m in client.search_registered_models(max_results=20))) or "none"
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise UserError(f"{shown} is not to be had ({reason}); registered models: {known}") from None
-    return Registered(name, str(found.version), Path(folder), dict(found.tags))
-
-
-def set_champion(store: Path, experiment: str, registered: str, digest: str | None) -> str | None:
-    """Put the alias `champion` on the newest registered version of the file with this MD5; take it away for None.
-
-    Returns the version, or None if there is none.
-    """
-    import mlflow
-
-    client, _ = connect(store, experiment)
-    try:
-        if digest is None:
-            client.delete_registered_model_alias(registered, "champion")
-            return None
-        versions = client.search_model_versions(f"name = '{registered}'")
-    except mlflow.exceptions.MlflowException:
-        return None
-    fitting = [v for v in versions if v.tags.get("dvc.out.md5") == digest]
-    if not fitting:
-        return None
-    best = max(fitting, key=lambda v: int(v.version))
-    client.set_registered_model_alias(registered, "champion", best.version)
-    return str(best.version)
-
-
-def save_onnx(path: Path, folder: Path) -> None:
-    """An ONNX file as an MLflow model in a folder of its own, weights inside, for servers that load MLflow models."""
-    import mlflow.onnx
-    import numpy as np
-    import onnx
-    import onnxruntime
-    from mlflow.models import infer_signature
-
-    _quiet()
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    taken = session.get_inputs()[0]
-    kind = np.uint8 if taken.type == "tensor(uint8)" else np.float32
-    example = np.zeros((1, *taken.shape[1:]), kind)
-    answers = session.run(None, {taken.name: example})
-    outputs = {output.name: answer for output, answer in zip(session.get_outputs(), answers, strict=True)}
-    mlflow.onnx.save_model(
-        onnx.load(str(path)), str(folder), signature=infer_signature({taken.name: example}, outputs),
-        onnx_execution_providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
-        pip_requirements=[f"mlflow=={mlflow.__version__}", f"onnx=={onnx.__version__}", "onnxruntime"],
-        save_as_external_data=False,
-    )  # fmt: skip
-
-
-def describe(store: Path, experiment: str, registered: str, digest: str, tags: Mapping[str, str], text: str) -> None:
-    """Put tags and a Markdown description on every registered version of the file with this MD5; a store that cannot
-    be reached costs a warning."""
-    try:
-        client, _ = connect(store, experiment)
-        for version in client.search_model_versions(f"name = '{registered}'"):
-            if version.tags.get("dvc.out.md5") != digest:
-                continue
-            for key, value in tags.items():
-                client.set_model_version_tag(registered, version.version, key, value)
-            client.update_model_version(registered, version.version, text)
-    except Exception as error:  # a log must never cost a stage, whatever its client raises
-        warn(f"MLflow has no description of {registered}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+# --- runs for a fresh clone ----------------------------------------------------------------------------------
 
 
 def rebuild(store: Path, experiment: str, reports: Path, say: Any = print) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -147,16 +147,24 @@ def find(path: Path | str) -> Path | None:
 def read(path: Path) -> Card:
     """A `card.json`. Raises UserError if it is not one of this version."""
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-        return Card.model_validate(found)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; 'python -m pipeline.release' writes it") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    return parse(text, str(path))
+
+
+def parse(text: str, name: str) -> Card:
+    """A card's text. `name`: what an error calls it. Raises UserError if it is not a card of this version."""
+    try:
+        return Card.model_validate(json.loads(text))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        raise UserError(f"{path} is not a model card of this version ({where}: {first['msg']})") from None
+        raise UserError(f"{name} is not a model card of this version ({where}: {first['msg']})") from None
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{name} is not JSON: {error}") from None
 
 
 def verify(path: Path | str) -> Card:
@@ -173,10 +181,15 @@ def verify(path: Path | str) -> Card:
     card = read(found)
     if card.file != model.name:
         raise UserError(f"{found} is the card of {card.file!r}, not of {model.name!r}")
+    return hold(model, card, str(found))
+
+
+def hold(model: Path, card: Card, name: str) -> Card:
+    """`card`, if `model` has its SHA-256. `name`: what an error calls the card. Raises UserError if it has not."""
     digest = file_sha256(model)
     if digest != card.sha256:
         raise UserError(
-            f"{model} is not the file that {found} was written for (sha256 {digest[:12]}..., the card says "
+            f"{model} is not the file that {name} was written for (sha256 {digest[:12]}..., the card says "
             f"{card.sha256[:12]}...): it was changed or exchanged after its release"
         )
     return card

@@ -36,10 +36,15 @@ class Predictor:
     not released; then nothing says whether it is the file that was tested.
     """
 
-    def __init__(self, path: Path | str, device: Device = "auto", *, threads: int | None = None) -> None:
-        """`path`: a file, or a released folder. Raises UserError if the file is not usable or not its card's."""
+    def __init__(
+        self, path: Path | str, device: Device = "auto", *, threads: int | None = None, told: Card | None = None
+    ) -> None:
+        """`path`: a file, or a released folder. `told`: the file's card, where it is kept elsewhere than beside it.
+        Raises UserError if the file is not usable or not its card's."""
         path = card.model_path(path)
         self.card: Card | None = card.verify(path) if card.find(path) else None
+        if told is not None:
+            self.card = card.hold(path, told, "its card")
         self.model = OnnxModel(path, device, threads=threads)
         classes = self.model.classes
         self.classes = classes or tuple(str(number) for number in range(self.model.num_classes))

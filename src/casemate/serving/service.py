@@ -91,7 +91,7 @@ class Service:
     ) -> Service:  # fmt: skip
         """`model` as `casemate.load` takes it. Raises UserError if it cannot be served."""
         source = resolve(model)
-        predictor = Predictor(source.path, device, threads=threads)
+        predictor = source.open(device, threads=threads)
         return cls(
             predictor, limits, name=name or _name(source, predictor), version=source.version,
             registered=source.registered,
