@@ -135,6 +135,7 @@ def test_mlserver_serves_an_mlflow_model_that_answers_as_the_file(released: Path
     assert settings["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, 8, 8, 1]}]
     assert settings["outputs"][2] == {"name": "manifold_score", "datatype": "FP32", "shape": [-1]}
     assert settings["max_batch_time"] == 0.005
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"host": "127.0.0.1", "parallel_workers": 0}
     import mlflow.pyfunc
 
     model = mlflow.pyfunc.load_model(str((folder / settings["parameters"]["uri"]).resolve()))

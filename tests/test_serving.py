@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.responses import PlainTextResponse
 
 from casemate.deploy.runtime import OnnxModel
 from casemate.serving.batching import Batcher
+from casemate.serving.intake import Bounded, Intake
 from casemate.serving.limits import Limits, Refusal
-from casemate.serving.pictures import media_type, read_picture
-from casemate.serving.tensors import read_query, write_answer
+from casemate.serving.pictures import picture_type, read_picture
+from casemate.serving.tensors import Query, memory, read_query, split, write_answer
 from tests.serving_toys import SHAPE, binary, binary_answer, request, write_model
 
 LIMITS = Limits(images=8, batch=4, queue=12, answer=5, wait=0.02)
@@ -68,6 +70,17 @@ def test_what_waits_together_is_run_together_and_each_gets_its_own() -> None:
     asyncio.run(go())
 
 
+def test_a_request_of_more_than_a_batch_is_run_in_parts() -> None:
+    async def go() -> None:
+        model, seen = Slow(), []
+        model.go.set()
+        async with Batcher(model, LIMITS, seen.append) as batcher:
+            assert (await ask(batcher, *range(9)))["a"].tolist() == [2 * value for value in range(9)]
+        assert [images for images, _ in model.runs] == seen == [4, 4, 1]
+
+    asyncio.run(go())
+
+
 def test_a_full_queue_and_a_slow_model_turn_requests_away() -> None:
     async def go() -> None:
         model = Slow()
@@ -108,14 +121,21 @@ def test_an_error_of_the_model_is_the_requests_and_the_batcher_lives() -> None:
 # --- tensors ------------------------------------------------------------------------------------------------
 
 
+def read(body: bytes, header_length: str | None, model: OnnxModel) -> Query:
+    """As the route does."""
+    text, tail = split(body, header_length)
+    memory(text, model, LIMITS)
+    return read_query(text, tail, model, LIMITS)
+
+
 def test_json_and_binary_say_the_same(model: OnnxModel) -> None:
     flat = request(IMAGES)
     flat["inputs"][0]["data"] = IMAGES.ravel().tolist()
     body, headers = binary(IMAGES, id="7")
     forms = [
-        read_query(json.dumps(request(IMAGES)).encode(), None, model, LIMITS),
-        read_query(json.dumps(flat).encode(), None, model, LIMITS),
-        read_query(body, headers["Inference-Header-Content-Length"], model, LIMITS),
+        read(json.dumps(request(IMAGES)).encode(), None, model),
+        read(json.dumps(flat).encode(), None, model),
+        read(body, headers["Inference-Header-Content-Length"], model),
     ]
     for query in forms:
         np.testing.assert_array_equal(query.images, IMAGES)
@@ -160,10 +180,17 @@ BAD_TENSORS = {
     "too few numbers": (changed(data=[0.5]), 400, "1 values and the shape needs 192"),
     "uneven": (changed(data=[[0.5], [0.5, 0.5]]), 400, "unevenly"),
     "no data": (changed(data=None), 400, "neither data nor"), "text": (pixel("0.5"), 400, "must be numbers"),
-    "null": (pixel(None), 400, "must be numbers"), "a huge number": (pixel(10**400), 400, "."),
+    "null": (pixel(None), 400, "must be numbers"), "a huge number": (pixel(10**400), 422, "hundreds of digits"),
+    "true": (pixel(True), 400, "must be numbers"), "lists and numbers": (changed(data=[[0.5], 0.5]), 400, "unevenly"),
+    "texts": (changed(data=["x" * 1000] + [""] * 191), 400, "must be numbers"),
+    "many texts": (changed(data=["x" * 100_000] + [""] * 50_000), 400, "strings"),
+    "many lists": (changed(data=[[]] * 10_000), 400, "10005 lists"),
+    "many objects": (changed(data=[{}] * 10_000), 400, "lists"),
+    "many numbers": (changed(data=[0] * 10_000), 413, "more than 8 images have"),
     "NaN": (pixel(float("nan")), 422, "NaN or infinite"), "Inf": (pixel(float("inf")), 422, "NaN or infinite"),
     "beyond float32": (pixel(1e300), 422, "NaN or infinite"), "above 1": (pixel(1.5), 422, r"to 1\.5; images are in"),
-    "below 0": (pixel(-0.25), 422, r"from -0\.25"), "deep": (b"[" * 10**6, 400, "."),
+    "below 0": (pixel(-0.25), 422, r"from -0\.25"), "deep": (b"[" * 10**6, 400, "lists"),
+    "less deep": (b"[" * 900, 400, "."),
     "a long name": (changed(name="x" * 10**6), 400, r"inputs\.0\.name"),
     "an unknown output": (json.dumps({**request(IMAGES), "outputs": [{"name": "y"}]}).encode(), 400, "no output 'y'"),
 }  # fmt: skip
@@ -173,7 +200,7 @@ BAD_TENSORS = {
 def test_requests_that_cannot_be_answered(case: str, model: OnnxModel) -> None:
     body, status, words = BAD_TENSORS[case]
     with pytest.raises(Refusal, match=words) as caught:
-        read_query(body, None, model, LIMITS)
+        read(body, None, model)
     assert caught.value.status == status and "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
@@ -191,14 +218,68 @@ def test_requests_that_cannot_be_answered(case: str, model: OnnxModel) -> None:
 def test_binary_requests_that_do_not_add_up(change: Any, words: str, model: OnnxModel) -> None:
     body, headers = binary(IMAGES)
     with pytest.raises(Refusal, match=words) as caught:
-        read_query(*change(body, headers["Inference-Header-Content-Length"]), model, LIMITS)
+        read(*change(body, headers["Inference-Header-Content-Length"]), model)
     assert caught.value.status in (400, 422) and len(str(caught.value)) < 500
 
 
 def test_bytes_behind_the_json_that_nothing_announces(model: OnnxModel) -> None:
     text = json.dumps(request(IMAGES)).encode()
     with pytest.raises(Refusal, match="4 bytes behind the JSON"):
-        read_query(text + b"1234", str(len(text)), model, LIMITS)
+        read(text + b"1234", str(len(text)), model)
+
+
+# --- what clients may hold ------------------------------------------------------------------------------------
+
+
+def test_memory_for_reading_counts_with_the_bodies(model: OnnxModel) -> None:
+    intake, text = Intake(Limits(held=100_000)), json.dumps(request(IMAGES)).encode()
+    needed = memory(text, model, LIMITS)
+    assert 80_000 > needed > 192 * 90
+    with intake.reserved(needed), pytest.raises(Refusal, match="too many large") as busy, intake.reserved(90_000):
+        raise AssertionError("reserved")
+    with pytest.raises(Refusal, match="send tensors in binary") as large, intake.reserved(100_001):
+        raise AssertionError("reserved")
+    assert (busy.value.status, large.value.status) == (429, 413)
+    with intake.reserved(100_000):
+        pass
+
+
+def test_bodies_of_another_application_are_bounded() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        size, message = 0, {"more_body": True}
+        while message.get("more_body"):
+            message = await receive()
+            size += len(message.get("body", b""))
+        gone = message["type"] == "http.disconnect"
+        await PlainTextResponse("gone" if gone else str(size))(scope, receive, send)
+
+    async def ask(headers: list[tuple[bytes, bytes]], *bodies: bytes) -> tuple[int, bytes]:
+        parts = [{"type": "http.request", "body": body, "more_body": True} for body in bodies[:-1]]
+        parts += [{"type": "http.request", "body": body} for body in bodies[-1:]]
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return parts.pop(0) if parts else await asyncio.sleep(10)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await bounded({"type": "http", "method": "POST", "headers": headers}, receive, send)
+        return sent[0]["status"], sent[1]["body"]
+
+    def declared(size: int) -> list[tuple[bytes, bytes]]:
+        return [(b"content-length", str(size).encode())]
+
+    bounded = Bounded(app, Limits(body=0.1, held=150), 100)
+    assert asyncio.run(ask(declared(6), b"abc", b"def")) == (200, b"6")
+    assert asyncio.run(ask(declared(6))) == (200, b"gone")  # nothing comes
+    assert asyncio.run(ask(declared(101), b"abc"))[0] == 413
+    assert asyncio.run(ask([(b"transfer-encoding", b"chunked")], b"abc"))[0] == 411
+
+    async def both() -> list[tuple[int, bytes]]:
+        return await asyncio.gather(ask(declared(90)), ask(declared(90), b"abc"))
+
+    assert [status for status, _ in asyncio.run(both())] == [200, 429]
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -234,6 +315,10 @@ def test_what_is_done_to_a_picture_is_said() -> None:
     turned = read_picture(encoded(GREY, exif=exif), "image/png", SHAPE, LIMITS)
     assert turned.changes == ("turned as its EXIF orientation says",)
     np.testing.assert_array_equal(turned.image[0, 0], LEVELS[::-1, ::-1] / np.float32(255))
+    two = encoded(GREY, "MPO", save_all=True, append_images=[GREY.rotate(90)], quality=100)
+    first = read_picture(two, "image/jpeg", SHAPE, LIMITS)
+    assert first.changes == ("the first of 2 pictures in the file",)
+    np.testing.assert_allclose(first.image[0, 0], LEVELS / 255, atol=3 / 255)
     for mode in ("1", "P", "LA", "CMYK"):
         kind = "JPEG" if mode == "CMYK" else "PNG"
         found = read_picture(encoded(GREY.convert(mode), kind), f"image/{kind.lower()}", SHAPE, LIMITS)
@@ -262,10 +347,10 @@ def test_pictures_that_are_none(case: str) -> None:
 
 
 def test_media_types() -> None:
-    assert media_type("image/PNG; charset=binary") == "image/png"
+    assert picture_type("image/PNG; charset=binary") == "image/png"
     for header in (None, "", "image/gif", "application/octet-stream", "x" * 10**6):
         with pytest.raises(Refusal, match="send image/jpeg or image/png") as caught:
-            media_type(header)
+            picture_type(header)
         assert caught.value.status == 415 and len(str(caught.value)) < 200
 
 

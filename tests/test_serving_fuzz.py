@@ -89,7 +89,8 @@ class Breaker:
     def strange(self) -> Any:
         return self.pick([
             None, True, -1, 0, 2**31, 2**63, 2**200, 1.5, float("nan"), float("inf"), -0.0, 1e308, "", "image", "\0",
-            "x" * 5000, [], {}, [[]], [None], {"a": []}, "FP32", "FP64", [1, 1, 8, 8], [0, 1, 8, 8], [1 << 40] * 4,
+            "x" * 5000, ["x" * 3000] * 300, [[]] * 3000, [{}] * 500, [True] * 128,
+            [], {}, [[]], [None], {"a": []}, "FP32", "FP64", [1, 1, 8, 8], [0, 1, 8, 8], [1 << 40] * 4,
         ])  # fmt: skip
 
     def json(self) -> tuple[str, bytes, dict[str, str]]:

@@ -9,17 +9,23 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
+from starlette.responses import PlainTextResponse
 
 import casemate
 from casemate.deploy.card import MODEL
+from casemate.serving.limits import Limits
+from casemate.serving.server import listen, protocol
 from tests.serving_toys import SHAPE, WEIGHTS, Server, binary, binary_answer, released, request
 
 TIMEOUT = 1.0
@@ -148,6 +154,11 @@ REFUSED: dict[str, tuple[str, str, bytes | None, dict[str, str], int, str]] = {
     "a long header": ("GET", "/v2", None, {"X": "x" * 10**6}, 400, "Invalid HTTP"),
     "no JSON": ("POST", INFER, b"{", {}, 400, "EOF"),
     "a body over the limit": ("POST", INFER, b" " * 2_000_000, {}, 413, "larger than"),
+    "a web page's": ("POST", INFER, b"{}", {"Content-Type": "text/plain"}, 415, "send application/json"),
+    "a picture as tensors": ("POST", INFER, b"{}", PNG, 415, "'image/png'; send"),
+    "a text of half a million letters": ("POST", INFER, json.dumps(
+        {"inputs": [{"name": "image", "shape": [1, *SHAPE], "datatype": "FP32", "data": ["x" * 10**5] + [""] * 1500}]}
+    ).encode(), {}, 400, "strings"),
     "compressed": ("POST", INFER, b"{}", {"Content-Encoding": "gzip"}, 415, "compressed"),
     "no media type": ("POST", "/predict", b"x", {}, 415, "image/jpeg or image/png"),
     "a form": ("POST", "/predict", b"x", {"Content-Type": "multipart/form-data"}, 415, "image/jpeg"),
@@ -289,6 +300,34 @@ def test_chunked_bodies_and_kept_connections(server: Server) -> None:
         connection.sendall(head + endless)
         assert b" 413 " in connection.recv(1 << 16)
     lives(server)
+
+
+def test_no_more_connections_than_allowed() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await PlainTextResponse("here")(scope, receive, send)
+
+    with listen("127.0.0.1", 0) as listening:
+        port = listening.getsockname()[1]
+        config = uvicorn.Config(app, http=protocol(Limits(connections=2)), lifespan="off", log_level="warning")
+        started = uvicorn.Server(config)
+        thread = threading.Thread(target=started.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+
+        def ask() -> bytes:
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                with contextlib.suppress(OSError):
+                    connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                return everything(connection)
+
+        with contextlib.ExitStack() as held:
+            for _ in range(2):
+                held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            assert ask() == b""
+        time.sleep(0.2)
+        assert ask().endswith(b"here")
+        started.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 # --- starting ------------------------------------------------------------------------------------------------

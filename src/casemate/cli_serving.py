@@ -46,6 +46,8 @@ def serve(
             service = Service.load(model, limits, device=device, threads=threads or None, name=name)
             if service.verified == "nothing":
                 print("note: no card.json beside the model: nothing says that this file is the one that was tested")
+            elif service.tested is not None and service.tested.gate == "failed":
+                print("warning: the release gate did NOT pass this file: it withstands less than its table says")
             if not is_loopback(listening):
                 print("note: whoever reaches this address may ask: docs/serving.md says how to put a lock before it")
             print(

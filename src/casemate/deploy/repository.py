@@ -20,7 +20,7 @@ from casemate.errors import UserError
 Engine = Literal["triton", "mlserver"]
 SaveModel = Callable[[Path, Path], None]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-LABELS = "labels.txt"
+LABELS, SETTINGS = "labels.txt", "settings.json"
 TRITON_TYPES = {"tensor(float)": "TYPE_FP32", "tensor(uint8)": "TYPE_UINT8", "tensor(int64)": "TYPE_INT64"}
 V2_TYPES = {"tensor(float)": "FP32", "tensor(uint8)": "UINT8", "tensor(int64)": "INT64"}
 
@@ -40,7 +40,8 @@ def write_repository(
 
     models: released folders or the files in them. max_batch: images that the server may put together, and
     `delay_ms` how long it may wait for them. save_model(file, folder): writes an MLflow model, which MLServer loads.
-    A model that is there already is replaced. Raises UserError for a file that is not its card's or did not pass the
+    A model that is there already is replaced. MLServer gets a `settings.json` where there is none: loopback, and the
+    models in its own process. Raises UserError for a file that is not its card's or did not pass the
     release gate, and where two models share a name.
     """
     checked = [(cards.model_path(model), cards.verify(model)) for model in models]
@@ -67,6 +68,8 @@ def write_repository(
         shutil.rmtree(folder, ignore_errors=True)
         making.rename(folder)
         made.append(folder)
+    if engine == "mlserver" and not (out / SETTINGS).exists():
+        (out / SETTINGS).write_text(json.dumps({"host": "127.0.0.1", "parallel_workers": 0}, indent=1) + "\n")
     return made
 
 

@@ -21,11 +21,12 @@ from casemate.errors import shorten
 from casemate.serving import tensors
 from casemate.serving.intake import Intake
 from casemate.serving.limits import Refusal
-from casemate.serving.pictures import FORMATS, media_type, read_picture
+from casemate.serving.pictures import FORMATS, media_type, picture_type, read_picture
 from casemate.serving.service import Answer, Service
 
-DECODERS = 2  # pictures being decoded at once: each may need some 100 MB
+DECODERS = 2  # pictures being decoded at once: each may need some 300 MB
 LARGE = 1 << 18  # bytes of JSON from which it is read in a thread
+TENSOR_TYPES = ("", "application/json", "application/octet-stream")  # "": clients of the protocol need not say
 
 
 class Error(BaseModel):
@@ -105,11 +106,16 @@ def _protocol(app: FastAPI, service: Service, intake: Intake) -> None:
     async def infer(request: Request) -> Response:
         served(request.path_params["name"], request.path_params.get("version"))
         header = request.headers.get(tensors.HEADER_LENGTH)
+        kind = media_type(request.headers.get("content-type"))
+        if kind not in TENSOR_TYPES:
+            raise Refusal(415, "media_type", f"Content-Type {shorten(kind)!r}; send {' or '.join(TENSOR_TYPES[1:])}")
         async with intake.body(request, most) as body:
-            if header is None and len(body) > LARGE:
-                query = await asyncio.to_thread(tensors.read_query, body, header, model, limits)
-            else:
-                query = tensors.read_query(body, header, model, limits)
+            text, tail = tensors.split(body, header)
+            with intake.reserved(tensors.memory(text, model, limits)):
+                if len(text) > LARGE:
+                    query = await asyncio.to_thread(tensors.read_query, text, tail, model, limits)
+                else:
+                    query = tensors.read_query(text, tail, model, limits)
             found = await service.tensors(query.images, list(query.outputs))
         content, headers = tensors.write_answer(query, found, service.name, service.version)
         return Response(content, headers=headers)
@@ -174,7 +180,7 @@ def _pictures(app: FastAPI, service: Service, intake: Intake) -> None:
         "/predict", summary="A JPEG or PNG in, its class out", response_model=Answer, openapi_extra=PICTURE,
     )  # fmt: skip
     async def predict(request: Request) -> Answer:
-        kind = media_type(request.headers.get("content-type"))
+        kind = picture_type(request.headers.get("content-type"))
         async with intake.body(request, service.limits.picture) as body:
             async with decoding:
                 shape = service.model.input.shape

@@ -97,9 +97,8 @@ class Batcher:
     async def _answer(self, jobs: list[_Job]) -> None:
         names = sorted({name for job in jobs for name in job.outputs})
         images = jobs[0].images if len(jobs) == 1 else np.concatenate([job.images for job in jobs])
-        self._observe(len(images))
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, images, names)
+            found = await self._in_parts(images, names)
         except Exception as error:  # whatever the runtime raises belongs to the requests, not to this task
             for job in jobs:
                 if not job.answer.done():
@@ -111,3 +110,12 @@ class Batcher:
             at = rows.stop
             if not job.answer.done():
                 job.answer.set_result({name: found[name][rows] for name in job.outputs})
+
+    async def _in_parts(self, images: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """The outputs for any number of images, `limits.batch` at once: a single request may have more."""
+        loop, size, parts = asyncio.get_running_loop(), self._limits.batch, []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            self._observe(len(part))
+            parts.append(await loop.run_in_executor(self._thread, self._run, part, names))
+        return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in names}

@@ -17,8 +17,9 @@ class Limits:
 
     images: of one request. batch: images that the model is run on at once. wait: seconds that a batch may wait for
     company. queue: images that may wait for the model. requests: being read or answered at once. pixels and picture
-    (bytes): of an uploaded picture. held: bytes of all request bodies at once. Seconds that a client has: `headers`
-    to send them, `body` likewise, `answer` until it is answered or told to come back, `writing` to take its answer.
+    (bytes): of an uploaded picture. held: bytes of all request bodies at once, with what reading them takes.
+    connections: open at once, idle ones among them. Seconds that a client has: `headers` to send them, `body`
+    likewise, `answer` until it is answered or told to come back, `writing` to take its answer.
     """
 
     images: int = 256
@@ -29,6 +30,7 @@ class Limits:
     pixels: int = 16_000_000
     picture: int = 16 * MIB
     held: int = 256 * MIB
+    connections: int = 512
     headers: float = 20.0
     body: float = 20.0
     answer: float = 30.0

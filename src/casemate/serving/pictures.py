@@ -13,6 +13,7 @@ from casemate.errors import shorten
 from casemate.serving.limits import Limits, Refusal
 
 FORMATS = {"image/jpeg": "JPEG", "image/png": "PNG"}
+SEVERAL = "MPO"  # JPEGs one after the other in a file, as cameras with two lenses write them
 PLAIN = {"1": "L", "L": "L", "RGB": "RGB", "YCbCr": "RGB", "CMYK": "RGB"}
 SEE_THROUGH = ("LA", "PA", "RGBA", "La", "RGBa")
 
@@ -27,8 +28,13 @@ class Picture:
 
 
 def media_type(header: str | None) -> str:
-    """Of a Content-Type header. Raises Refusal unless it is one of `FORMATS`."""
-    found = (header or "").partition(";")[0].strip().lower()
+    """Of a Content-Type header; empty if there is none."""
+    return (header or "").partition(";")[0].strip().lower()
+
+
+def picture_type(header: str | None) -> str:
+    """The media type, if it is one of `FORMATS`. Raises Refusal if it is not."""
+    found = media_type(header)
     if found not in FORMATS:
         raise Refusal(415, "media_type", f"Content-Type {shorten(header or '')!r}; send image/jpeg or image/png")
     return found
@@ -56,14 +62,17 @@ def _read(body: bytes, kind: str, shape: tuple[int, int, int], limits: Limits) -
     channels, height, width = shape
     found = Image.open(io.BytesIO(body), formats=tuple(FORMATS.values()))  # reads no more than the header
     size = found.size
-    if found.format != FORMATS[kind]:
+    if found.format != FORMATS[kind] and (found.format, kind) != (SEVERAL, "image/jpeg"):
         raise Refusal(415, "media_type", f"Content-Type {kind}, and the picture is {found.format}")
     if size[0] * size[1] > limits.pixels:
         raise Refusal(413, "pixels", f"{size[0]} x {size[1]} pixels; at most {limits.pixels:,} are taken")
-    if getattr(found, "n_frames", 1) > 1:
+    changes = []
+    frames = getattr(found, "n_frames", 1)
+    if frames > 1 and found.format == SEVERAL:
+        changes.append(f"the first of {frames} pictures in the file")
+    elif frames > 1:
         raise Refusal(415, "picture", "an animated picture; send one frame")
     found.load()
-    changes = []
     upright = ImageOps.exif_transpose(found)
     if upright.size != size or found.getexif().get(0x0112, 1) != 1:
         changes.append("turned as its EXIF orientation says")

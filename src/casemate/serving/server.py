@@ -22,15 +22,21 @@ BACKLOG = 512
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1 with a limit of time for each thing that a client can leave half done: its headers, a body that nobody
-    reads any more, and taking its answer. The body that is being read has its own limit in `Intake`."""
+    """HTTP/1.1 with so many connections and no more, and a limit of time for each thing that a client can leave half
+    done: its headers, a body that nobody reads any more, and taking its answer. The body that is being read has its
+    own limit in `Intake`."""
 
     limits: ClassVar[Limits] = Limits()
+    open: ClassVar[set[PatientProtocol]] = set()
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if len(self.open) >= self.limits.connections:
+            transport.abort()
+            return
+        self.open.add(self)
         self._start(self.limits.headers, self._slow_headers)
 
     def data_received(self, data: bytes) -> None:
@@ -56,6 +62,7 @@ class PatientProtocol(H11Protocol):
             self._write_timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.open.discard(self)
         self._stop()
         if self._write_timer is not None:
             self._write_timer.cancel()
@@ -95,7 +102,7 @@ class PatientProtocol(H11Protocol):
 
 def protocol(limits: Limits) -> type[PatientProtocol]:
     """The protocol with these limits."""
-    return type("LimitedProtocol", (PatientProtocol,), {"limits": limits})
+    return type("LimitedProtocol", (PatientProtocol,), {"limits": limits, "open": set()})
 
 
 def listen(host: str, port: int) -> socket.socket:

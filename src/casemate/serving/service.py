@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -26,7 +26,8 @@ TOP = 5
 
 class Tested(BaseModel):
     """What the model was tested at: `radius` in pixel units, images being in [0, 1]. The shares are of images of the
-    test set, `robust` those that no attack of the evaluation turned; None where the file has no card."""
+    test set; `robust` is the lowest that the attacks of a `suite` of the evaluation left, and `gate` whether the file
+    itself passed the release gate. None where the file has no card."""
 
     norm: str
     radius: float
@@ -35,7 +36,9 @@ class Tested(BaseModel):
     robust_low: float | None = None
     robust_high: float | None = None
     images: int | None = None
+    suite: str | None = None
     verdict: str | None = None
+    gate: Literal["passed", "failed"] | None = None
 
 
 class Guess(BaseModel):
@@ -181,10 +184,12 @@ def tested(predictor: Predictor) -> Tested | None:
     card, metadata = predictor.card, predictor.model.metadata
     if card is None:
         return None if metadata is None else Tested(norm=metadata.about.norm, radius=metadata.about.radius)
-    worst = card.robust.get("all") or next(iter(card.robust.values()), None)
     told = Tested(norm=card.threat.norm, radius=card.threat.radius, verdict=card.verdict)
     told.clean = None if card.clean is None else card.clean.accuracy
-    if worst is not None:
+    if card.gate is not None:
+        told.gate = "passed" if card.gate.passed else "failed"
+    if card.robust:
+        told.suite, worst = min(card.robust.items(), key=lambda item: item[1].accuracy)
         told.robust, told.robust_low, told.robust_high = worst.accuracy, worst.low, worst.high
         told.images = worst.n
     return told

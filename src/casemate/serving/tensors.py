@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from casemate.serving.limits import Limits, Refusal
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 DATATYPES = {np.dtype(np.float32): "FP32", np.dtype(np.uint8): "UINT8", np.dtype(np.int64): "INT64"}
+NUMBER_MEMORY, LIST_MEMORY = 96, 512  # bytes that a number and a list of JSON take while they are read
+BESIDES = 1000  # commas, lists and strings that a request may have besides its images'
 Name = Annotated[str, Field(max_length=200)]
 
 
@@ -69,9 +73,22 @@ class Query:
     outputs: Mapping[str, bool]
 
 
-def read_query(body: bytes, header_length: str | None, model: OnnxModel, limits: Limits) -> Query:
-    """Raises Refusal for whatever is not a request that this model can answer."""
-    text, tail = _split(body, header_length)
+def memory(text: bytes, model: OnnxModel, limits: Limits) -> int:
+    """Bytes that reading this JSON may take, many times its own size. Raises Refusal if it has more numbers, lists or
+    strings than a request can have: that is seen before anything is read."""
+    native = model.input.native
+    numbers, lists = text.count(b","), text.count(b"[") + text.count(b"{")
+    if text.count(b'"') > 2 * BESIDES:
+        raise _malformed("hundreds of strings, and tensors have none")
+    if lists > limits.images * sum(math.prod(native[:depth]) for depth in range(len(native))) + BESIDES:
+        raise _malformed(f"{lists} lists, and images of shape {[*native]} have fewer")
+    if numbers > limits.images * math.prod(native) + BESIDES:
+        raise Refusal(413, "images", f"{numbers} values are more than {limits.images} images have")
+    return NUMBER_MEMORY * numbers + LIST_MEMORY * lists
+
+
+def read_query(text: bytes, tail: memoryview, model: OnnxModel, limits: Limits) -> Query:
+    """Of a body in its two parts. Raises Refusal for whatever is not a request that this model can answer."""
     try:
         request = InferRequest.model_validate_json(text)
     except ValidationError as error:
@@ -87,8 +104,8 @@ def _malformed(message: str) -> Refusal:
     return Refusal(400, "malformed", f"not a V2 inference request: {shorten(message, 300)}")
 
 
-def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
-    """(JSON, binary tensors behind it)."""
+def split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
+    """(JSON, binary tensors behind it). Raises Refusal if the header does not say how long the first is."""
     if header_length is None:
         return body, memoryview(b"")
     if not (header_length.isascii() and header_length.isdigit()) or not 0 < int(header_length[:9]) <= len(body):
@@ -128,19 +145,22 @@ def _numbers(data: list[Any] | None, count: int, wanted: np.dtype[Any]) -> np.nd
     """JSON numbers, flat or nested, as `count` values of the type `wanted`."""
     if data is None:
         raise _malformed("inputs.0 has neither data nor a binary_data_size")
-    try:
-        values = np.asarray(data)
-    except ValueError:
-        raise Refusal(400, "shape", "data is nested unevenly") from None
-    if values.size != count:
-        raise Refusal(400, "shape", f"data has {values.size} values and the shape needs {count}")
-    if values.dtype.kind not in ("iu" if wanted == np.uint8 else "iuf"):
+    while data and type(data[0]) is list:
+        if set(map(type, data)) != {list} or len(set(map(len, data))) > 1:
+            raise Refusal(400, "shape", "data is nested unevenly")
+        data = list(chain.from_iterable(data))
+    if len(data) != count:
+        raise Refusal(400, "shape", f"data has {len(data)} values and the shape needs {count}")
+    if set(map(type, data)) - ({int} if wanted == np.uint8 else {int, float}):  # True is none of them
         kind = "whole numbers" if wanted == np.uint8 else "numbers"
         raise Refusal(400, "datatype", f"data must be {kind}, flat or nested as the shape says")
-    if wanted == np.uint8 and (values.min() < 0 or values.max() > 255):
-        raise Refusal(422, "range", f"values from {values.min()} to {values.max()}; images are in [0, 255]")
-    with np.errstate(over="ignore"):  # beyond float32 is infinite, which is refused like any other infinity
-        return values.astype(wanted).ravel()
+    if wanted == np.uint8 and (min(data) < 0 or max(data) > 255):
+        raise Refusal(422, "range", "values outside [0, 255]")
+    try:
+        with np.errstate(over="ignore"):  # beyond float32 is infinite, which is refused like any other infinity
+            return np.array(data, np.float64).astype(wanted)
+    except OverflowError:
+        raise Refusal(422, "range", "a value of hundreds of digits; images are in [0, 1]") from None
 
 
 def check_values(values: np.ndarray) -> np.ndarray:

@@ -12,7 +12,8 @@ from casemate.serving import server
 from casemate.serving.demo.contenders import find_contenders
 from casemate.serving.demo.page import mount
 from casemate.serving.demo.samples import Samples
-from casemate.serving.limits import Limits
+from casemate.serving.intake import Bounded
+from casemate.serving.limits import ENVELOPE, Limits
 
 
 def run_demo(
@@ -25,6 +26,7 @@ def run_demo(
         samples = Samples.load(about.about.dataset if about else "", data, contenders[-1].shape)
         limits, app = Limits(), FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         mount(app, contenders, samples, limits)
+        app.add_middleware(Bounded, limits=limits, most=limits.picture + ENVELOPE)
         if not server.is_loopback(listening):
             print("note: whoever reaches this address may run attacks on this machine")
         rows = " and ".join(contender.row for contender in contenders)
