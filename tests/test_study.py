@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from evaluation_toys import images, linear
 from PIL import Image
 
 from casemate.errors import UserError
+from casemate.evaluation import segments
 from casemate.evaluation import study as s
 from casemate.evaluation.attacked import STORED, Attacked
-from casemate.evaluation.ledger import Ledger
+from casemate.evaluation.ledger import Cell, Ledger
 from casemate.reporting.study import pictures
 
 # Six images of classes 0 and 1: the last is a clean error, the fifth is rejected under attack.
@@ -136,12 +138,41 @@ def test_from_the_ledger(tmp_path: Path) -> None:
     )
     every = Attacked.of_cell("linear", "pgd", cell)
     assert s.success(every)["n"] == 26 and every.x_adv is None
-    clean = {i: x.numpy() for i, x in zip(range(30), data.take(range(30))[0], strict=True)}
-    kept = Attacked.of_cell("linear", "pgd", cell, clean)
-    assert len(kept.labels) == 10 and kept.x_adv is not None and kept.x_adv.shape == (10, 1, 4, 4)
+    kept = Attacked.of_cell("linear", "pgd", cell, lambda indices: data.take(indices)[0].numpy())
+    assert kept.x_clean is not None and kept.x_adv is not None and len(kept.labels) == len(kept.x_adv) == 10
+    stored, some = cell.x_adv(), np.array([7, 2, 2])
+    np.testing.assert_array_equal(kept.x_adv[some], np.stack([stored[int(i)] for i in kept.x_adv.indices[some]]))  # type: ignore[union-attr]
+    np.testing.assert_array_equal(kept.x_adv[3], stored[int(kept.x_adv.indices[3])])  # type: ignore[union-attr]
+    np.testing.assert_array_equal(kept.x_clean[:], data.take(range(10))[0].numpy())
     assert s.measured(kept, s.LP)["linf"].max() <= 0.2 + 1e-6
     with pytest.raises(UserError, match="no row"):
         Attacked.of_cell("linear", "pgd", cell.at(np.empty(0)))
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s, "BLOCK", 8)
+    rng, size, chunks = np.random.default_rng(0), 8, 40
+    paths = []
+    for chunk in range(chunks):
+        at = np.arange(chunk * size, (chunk + 1) * size)
+        rows = {name: np.zeros(size, kind) for name, kind in segments.COLUMNS.items()}
+        rows |= {"index": at, "prediction": np.ones(size, np.int64)}
+        paths.append(tmp_path / f"{chunk}.images.parquet")
+        segments.write(paths[-1], {}, rows, rng.random((size, 3, 64, 64), np.float32))
+    every_byte = size * chunks * 3 * 64 * 64 * 4
+    everything = {name: np.zeros(size * chunks, kind) for name, kind in segments.COLUMNS.items()}
+    everything |= {"index": np.arange(size * chunks), "prediction": np.ones(size * chunks, np.int64)}
+    cell = Cell({}, everything, size * chunks, 3 * 64 * 64, tuple(paths))
+    tracemalloc.start()
+    found = Attacked.of_cell("net", "noise", cell, lambda indices: np.zeros((len(indices), 3, 64, 64), np.float32))
+    few = s.measured(found, s.LP, 20)
+    tracemalloc.reset_peak()
+    every = s.measured(found, s.LP)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(few["l2"]) == 20 and len(every["l2"]) == size * chunks
+    np.testing.assert_array_equal(every["l2"][:20], few["l2"])
+    assert peak < 0.25 * every_byte
 
 
 def test_from_a_file(tmp_path: Path) -> None:

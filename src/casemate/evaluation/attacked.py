@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from casemate.errors import UserError
+from casemate.evaluation.stored import Images, OnDemand, Stored, Take
 
 if TYPE_CHECKING:
     from casemate.evaluation.ledger import Cell
@@ -30,9 +30,10 @@ class Attacked:
     """(N,); or (N, K), where the attack was drawn K times, the first column being the one whose image is kept."""
     targets: np.ndarray | None = None
     """(N,) of a targeted attack; an image whose label is its target does not count."""
-    x_clean: np.ndarray | None = None
-    x_adv: np.ndarray | None = None
-    """N x C x H x W float32 in [0, 1]; needed for distances alone."""
+    x_clean: Images | None = None
+    x_adv: Images | None = None
+    """N x C x H x W float32 in [0, 1]; needed for distances and pictures alone. The ledger's are read when they are
+    asked for."""
     oracle: np.ndarray | None = None
     """(N,) what a model that was not attacked says of `x_adv`: an attack that destroys the image wins everything."""
 
@@ -69,21 +70,19 @@ class Attacked:
 
     @classmethod
     def of_cell(
-        cls, model: str, attack: str, cell: Cell, clean: Mapping[int, np.ndarray] | None = None,
-        targets: np.ndarray | None = None,
-    ) -> Attacked:  # fmt: skip
-        """From the ledger. With `clean` (images C x H x W by index) the rows whose adversarial image was kept, with
+        cls, model: str, attack: str, cell: Cell, clean: Take | None = None, targets: np.ndarray | None = None
+    ) -> Attacked:
+        """From the ledger. With `clean`, which gives clean images, the rows whose adversarial image was kept, with
         both images; without, all rows and no image. `targets`: by row of the cell."""
-        rows, images = cell.rows, {} if clean is None else cell.x_adv()
-        at = np.ones(len(cell), bool) if clean is None else np.isin(rows["index"], list(images))
+        rows, stored = cell.rows, Stored({}) if clean is None else Stored.of(cell.kept)
+        at = np.ones(len(cell), bool) if clean is None else np.isin(rows["index"], list(stored.place))
         if not at.any():
             raise UserError(f"{model}, {attack}: the ledger has no {'row' if clean is None else 'image'} of it")
-        found = rows["index"][at].tolist()
         return cls(
             model, attack, rows["label"][at], rows["clean_prediction"][at], rows["prediction"][at],
             None if targets is None else targets[at],
-            None if clean is None else np.stack([clean[i] for i in found]),
-            None if clean is None else np.stack([images[i] for i in found]),
+            None if clean is None else OnDemand(rows["index"][at], clean),
+            None if clean is None else OnDemand(rows["index"][at], stored.take),
         )  # fmt: skip
 
     @classmethod

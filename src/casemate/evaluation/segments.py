@@ -59,6 +59,13 @@ def read(path: Path, key: Mapping[str, Any], *, verify_images: bool = False) -> 
     return rows
 
 
+def read_indices(path: Path) -> list[int]:
+    """The indices of a segment's images, which are not read."""
+    with pq.ParquetFile(path) as file:
+        found: list[int] = file.read(columns=["index"])["index"].to_pylist()
+    return found
+
+
 def read_images(path: Path) -> dict[int, np.ndarray]:
     """Adversarial images (C x H x W float32) by index. Raises ValueError if they do not fit their checksum."""
     with pq.ParquetFile(path) as file:

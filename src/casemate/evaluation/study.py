@@ -24,6 +24,7 @@ from casemate.evaluation.robustness import wilson
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(x, x_adv), both N x C x H x W float32 in [0, 1] -> (N,) distances."""
 BINS, SPREAD = 40, (0.5, 99.5)
+BLOCK = 64  # images that are measured at once: memory does not grow with their number
 RADII = (0.005, 0.01, 0.02, 0.03, 0.05)
 """Of IWD per element, at which the share of successes within is given."""
 
@@ -154,9 +155,14 @@ def measured(case: Attacked, distances: Mapping[str, Distance], images: int | No
     """(n,) of each distance on the first `images` (all, if None) successful images."""
     if case.x_clean is None or case.x_adv is None:
         raise UserError(f"{case.model}, {case.attack}: distances need the images, and they were not kept")
-    at = np.flatnonzero(case.hits[:, 0])[:images]
-    x, x_adv = case.x_clean[at], case.x_adv[at]
-    return {name: distance(x, x_adv) if len(at) else np.empty(0) for name, distance in distances.items()}
+    hits = np.flatnonzero(case.hits[:, 0])[:images]
+    found: dict[str, list[np.ndarray]] = {name: [np.empty(0)] for name in distances}
+    for start in range(0, len(hits), BLOCK):
+        at = hits[start : start + BLOCK]
+        x, x_adv = case.x_clean[at], case.x_adv[at]
+        for name, distance in distances.items():
+            found[name].append(distance(x, x_adv))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def histograms(found: Mapping[str, Mapping[str, np.ndarray]], logarithmic: Sequence[str] = ("l2",)) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from casemate.evaluation.attacked import Attacked
 from casemate.evaluation.ledger import full_precision
 from casemate.evaluation.plan import Bind, Planned, Runner, plan_suites
 from casemate.evaluation.schema import EvaluateParams
+from casemate.evaluation.stored import Images, OnDemand, Take
 from casemate.system import System
 
 
@@ -49,18 +50,22 @@ def studied(
         if planned.view != "adaptive" or (suites and planned.suite not in suites):
             continue
         cell = runner.finish(system, planned, row=row, keep=True)
-        kept = sorted(cell.x_adv())
-        x, _ = runner.data.take(kept)
-        clean = dict(zip(kept, x.cpu().numpy(), strict=True))
         draw = planned.attack.draw if isinstance(planned.attack, Aimed) else None
         targets = None if draw is None else targets_of(cell.rows["label"], system.num_classes, draw)
-        case = Attacked.of_cell(row, planned.name, cell, clean, targets)
-        if oracle is not None and case.x_adv is not None:
+        case = Attacked.of_cell(row, planned.name, cell, taken(runner), targets)
+        assert isinstance(case.x_adv, OnDemand)
+        indices = case.x_adv.indices
+        if oracle is not None:
             case = replace(case, oracle=decided(oracle, case.x_adv, runner))
-        yield Studied(case, cell.rows["index"][np.isin(cell.rows["index"], kept)], planned)
+        yield Studied(case, indices, planned)
 
 
-def decided(system: System, images: np.ndarray, runner: Runner) -> np.ndarray:
+def taken(runner: Runner) -> Take:
+    """The runner's clean images."""
+    return lambda indices: runner.data.take(indices)[0].cpu().numpy()
+
+
+def decided(system: System, images: Images, runner: Runner) -> np.ndarray:
     """(N,) the decisions of a system on images N x C x H x W, a chunk of the ledger at a time."""
     found = []
     with system.frozen(), full_precision(), torch.no_grad():
@@ -74,6 +79,6 @@ def oracle_clean(system: System, cases: Sequence[Studied], runner: Runner) -> di
     """{"n", "accuracy"} of the oracle on the clean images that any of the cases holds: what it could agree with at
     most, more or less."""
     indices = sorted({int(index) for found in cases for index in found.indices})
-    x, y = runner.data.take(indices)
-    right = decided(system, x.cpu().numpy(), runner) == y.cpu().numpy()
+    clean = OnDemand(np.asarray(indices), taken(runner))
+    right = decided(system, clean, runner) == runner.data.images.labels[np.asarray(indices)]
     return {"n": len(indices), "accuracy": float(right.mean()) if len(indices) else None}
