@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,3 +181,37 @@ def test_a_registered_file_that_was_changed_is_refused(registry: Path) -> None:
             casemate.load("models:/casemate-smoke@champion")
     finally:
         path.write_bytes(content)
+
+
+@pytest.mark.full
+def test_mlflow_serves_the_champion(registry: Path, folder: Path) -> None:
+    """The command of docs/serving.md, and the answer of the file."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{NAME}@champion", "-h", "127.0.0.1",
+               "-p", str(port), "--env-manager", "local", "--workers", "1"]  # fmt: skip
+    environment = {
+        **os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{registry / STORE / 'mlflow.db'}",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # it looks for its server there
+    }  # fmt: skip
+    started = subprocess.Popen(command, env=environment, cwd=registry, start_new_session=True)
+    try:
+        body = json.dumps({"inputs": {"image": IMAGES.tolist()}}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
+        )
+        end = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    told = json.load(answer)["predictions"]
+                break
+            except urllib.error.URLError:
+                assert started.poll() is None and time.monotonic() < end, "mlflow does not answer"
+                time.sleep(0.2)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGTERM)
+        started.wait(30)
+    expected = casemate.load(folder, "cpu").predict(IMAGES).logits
+    np.testing.assert_allclose(np.float32(told["logits"]), expected, rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,22 @@ def test_a_few_of_everything(server: Server) -> None:
     sent = from_schema(server, 12)
     statuses = broken_requests(server, 600)
     assert sent >= 60 and statuses[200] > 50 and statuses[400] > 100 and 422 in statuses
+
+
+def resident(server: Server) -> float:
+    """MiB that the server's process has in memory."""
+    text = Path(f"/proc/{server.process.pid}/status").read_text()
+    (kib,) = (line.split()[1] for line in text.splitlines() if line.startswith("VmRSS"))
+    return int(kib) / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's memory here")
+def test_memory_stays_where_it_is(server: Server) -> None:
+    broken_requests(server, 600, seed=2)
+    before = resident(server)
+    broken_requests(server, 1200, seed=3)
+    assert resident(server) < before + 24
 
 
 @pytest.mark.full
