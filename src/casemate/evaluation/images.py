@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def evaluation_order(n: int) -> list[int]:
     """A fixed random order of n images: its front is the subset that every attack and model shares, so that a
-    longer evaluation goes on from a shorter one. The first k are `data.splits.evaluation_subset(n, k)`."""
+    longer evaluation takes over the whole chunks of a shorter one; what follows the last whole chunk is attacked
+    again, as part of a longer one. The first k are `data.splits.evaluation_subset(n, k)`."""
     return [int(index) for index in shuffled(n, 0, "evaluation subset")]
 
 

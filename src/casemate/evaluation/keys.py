@@ -88,7 +88,8 @@ def cell_key(system: System, attack: Attack, threat: ThreatModel, view: str, see
 
 
 def chunk_seed(attack: Attack, images: str, seed: int) -> int:
-    """The seed of an attack on a chunk of images: nothing else has a say, so every system meets the same noise."""
+    """The seed of an attack on a chunk of images: nothing else has a say, so every system meets the same noise on the
+    same chunk. Cells of other sizes share all chunks but their last."""
     return derive("attack", digest(attack_identity(attack)), images, seed) % 2**31
 
 
