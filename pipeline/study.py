@@ -1,8 +1,9 @@
-"""Stage study: what attacks did beyond the leaderboard, out of the ledger: tables, distances, ablations, pictures.
+"""Stage study: what attacks did beyond the leaderboard, out of the ledger: tables, distances, ablations, pictures;
+and what examples that are crafted on one model do to another.
 
 python -m pipeline.study
 
-Off, and no more than an index file, unless `study` in params.yaml names models.
+Off, and no more than an index file, unless `study` in params.yaml names models, or sources of a transfer matrix.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pipeline.common import STATE, attack_bar, device_of, recording, stage, writ
 from pipeline.evaluate import RAW, binder, candidates
 
 if TYPE_CHECKING:
+    from casemate.evaluation.plan import Runner
     from casemate.evaluation.study_cells import Studied
     from casemate.params import Params
 
@@ -25,10 +27,14 @@ def run(params: Params, options: argparse.Namespace) -> None:
     staging = out.with_name(".study.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    if params.study.models:
+    if params.study.models or params.study.transfer.sources:
         with recording(params, "study") as recorder:
-            write(params, staging)
-            recorder.artifact(staging / "study.json")
+            if params.study.models:
+                write(params, staging)
+            if params.study.transfer.sources:
+                write_json(staging / "transfer.json", transfer(params))
+            for path in sorted(staging.glob("*.json")):
+                recorder.artifact(path)
     files = sorted(path.name for path in staging.iterdir())
     write_json(staging / "index.json", {"schema": 1, "models": params.study.models, "files": files})
     shutil.rmtree(out, ignore_errors=True)
@@ -61,24 +67,16 @@ def shown(params: Params, suite: str) -> bool:
 
 def collect(params: Params) -> tuple[list[Studied], dict[str, Any]]:
     """Every cell that the study needs, and its conditions."""
-    from casemate.data import load_dataset
-    from casemate.evaluation.images import EvaluationSet
-    from casemate.evaluation.ledger import Ledger
-    from casemate.evaluation.plan import Runner
     from casemate.evaluation.study_cells import oracle_clean, studied
-    from casemate.threat import ThreatModel
     from casemate.training.artifact import load_system
 
     wanted, device, trained = params.study, device_of(params), params.models_dir / "trained"
-    data = EvaluationSet(load_dataset(params.dataset, RAW).test, device)
-    threat = ThreatModel(params.threat.norm, params.threat.radius)
     source = load_system(trained / params.evaluate.source, device=device) if params.evaluate.source else None
     oracle = load_system(trained / wanted.oracle, device=device) if wanted.oracle else None
     rows = list(dict.fromkeys([*wanted.models, *(r for a in wanted.ablations.values() for r in a.rows.values())]))
     found: list[Studied] = []
     with attack_bar() as progress:
-        ledger = Ledger(STATE / "ledger", params.evaluate.chunk)
-        runner = Runner(ledger, data, threat, params.seed, params.evaluate.subset, progress)
+        runner = runner_of(params, device, progress)
         for row in rows:
             system = candidates(params, row, device)[0].system
             found += studied(
@@ -87,12 +85,48 @@ def collect(params: Params) -> tuple[list[Studied], dict[str, Any]]:
             )  # fmt: skip
     about: dict[str, Any] = {
         "profile": params.profile, "dataset": params.dataset, "budget": params.budget, "seed": params.seed,
-        "threat": str(threat), "protocol": wanted.protocol, "distances_of": wanted.images,
+        "threat": str(runner.threat), "protocol": wanted.protocol, "distances_of": wanted.images,
         "cells": [f.about() for f in found],
     }  # fmt: skip
     if oracle is not None:
         about["oracle"] = {"row": wanted.oracle, **oracle_clean(oracle, found, runner)}
     return found, about
+
+
+def runner_of(params: Params, device: str, progress: Any) -> Runner:
+    """What reads the ledger, and fills what it lacks, on the images that every evaluation attacks."""
+    from casemate.data import load_dataset
+    from casemate.evaluation.images import EvaluationSet
+    from casemate.evaluation.ledger import Ledger
+    from casemate.evaluation.plan import Runner
+    from casemate.threat import ThreatModel
+
+    data = EvaluationSet(load_dataset(params.dataset, RAW).test, device)
+    threat = ThreatModel(params.threat.norm, params.threat.radius)
+    ledger = Ledger(STATE / "ledger", params.evaluate.chunk)
+    return Runner(ledger, data, threat, params.seed, params.evaluate.subset, progress)
+
+
+def transfer(params: Params) -> dict[str, Any]:
+    """The transfer matrix, and its conditions."""
+    from casemate.attacks.transfer import Transfer
+    from casemate.evaluation.matrix import transfer_matrix
+
+    wanted, device = params.study.transfer, device_of(params)
+    victims = wanted.victims or params.evaluate.models
+    systems = {row: candidates(params, row, device)[0].system for row in dict.fromkeys([*wanted.sources, *victims])}
+    with attack_bar() as progress:
+        runner = runner_of(params, device, progress)
+        found = transfer_matrix(
+            {row: systems[row] for row in wanted.sources}, {row: systems[row] for row in victims}, runner,
+            Transfer(steps=wanted.steps, relative_step=wanted.relative_step),
+            images=min(wanted.images, len(runner.data)),
+        )  # fmt: skip
+    print(found)
+    return {
+        "schema": 1, **found.as_dict(), "steps": wanted.steps, "relative_step": wanted.relative_step,
+        "seed": params.seed, "budget": params.budget,
+    }  # fmt: skip
 
 
 def needed(params: Params) -> list[str]:

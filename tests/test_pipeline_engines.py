@@ -67,6 +67,9 @@ def test_the_study_stands_beside_the_leaderboard(smoke: Project) -> None:
     assert (read.median("standard", "fgsm", "iwd") or 1) <= 0.2 + 1e-6, "the ball of linf lies in that of the IWD"
     page = (smoke.folder / "reports/smoke/index.html").read_text()
     assert 'id="study"' in page and 'href="study/sheet-standard.jpg"' in page
+    matrix = smoke.json("reports/smoke/study/transfer.json")
+    assert set(matrix["cells"]["standard"]) == {"standard", "atld"} and 'id="transfer"' in page
+    assert matrix["cells"]["standard"]["standard"]["n"] == 40
 
 
 def test_a_tuned_row_begins_where_its_start_ended(smoke: Project) -> None:

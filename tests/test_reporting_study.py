@@ -12,7 +12,7 @@ from test_study import LABELS, case
 from casemate.errors import UserError
 from casemate.evaluation.study import LP, study
 from casemate.reporting import ReportInputs, write_report
-from casemate.reporting.study_file import load_study
+from casemate.reporting.study_file import load_study, load_transfer
 
 
 def write_study(reports: Path) -> None:
@@ -41,6 +41,28 @@ def test_the_section_has_rates_distances_and_links(tmp_path: Path) -> None:
     section = section[: section.index("</section>")]
     assert "60.0" in section and "failed&lt;b&gt;" in section and 'href="study/sheet-net.jpg"' in section
     assert "judge" in section and "50.0% of 6 clean images" in section and '<a href="#study">' in page
+
+
+def test_a_transfer_matrix_has_a_section_of_its_own(tmp_path: Path) -> None:
+    def figures(accuracy: float) -> dict[str, float]:
+        return {"accuracy": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "n": 40}
+
+    write_profile(tmp_path, rows())
+    reports, names = tmp_path / "reports/mnist", [row["row"] for row in rows()]
+    (reports / "study").mkdir()
+    assert load_transfer(reports) is None
+    content = {
+        "threat": "linf 0.3", "steps": 20, "cells": {"a<b>": {"a<b>": figures(0.125), "net": figures(0.75)}},
+        "clean": {"a<b>": figures(0.9), "net": figures(0.95)},
+    }  # fmt: skip
+    (reports / "study/transfer.json").write_text(json.dumps(content))
+    page = write_report(ReportInputs.load("mnist", reports, tmp_path / "models/mnist", names), reports).read_text()
+    section = page[page.index('<section id="transfer">') :].split("</section>")[0]
+    assert "<b>12.5</b>" in section and "75.0" in section and "95.0" in section and "PGD-20" in section
+    assert "a<b>" not in section and '<a href="#transfer">' in page and 'id="study"' not in page
+    (reports / "study/transfer.json").write_text('{"threat": "linf 0.3"}')
+    with pytest.raises(UserError, match=r"transfer.json: steps: Field required"):
+        load_transfer(reports)
 
 
 def test_off_there_is_no_section_and_a_broken_file_is_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from casemate.errors import near
 from casemate.evaluation.schema import CellName, EvaluateParams, Section
-from casemate.fields import Count, Natural, NonNegative, Text
+from casemate.fields import Count, Natural, NonNegative, Positive, Text
 
 
 class AblationParams(Section):
@@ -26,12 +26,25 @@ class AblationParams(Section):
         return self
 
 
+class TransferParams(Section):
+    """A transfer matrix: what is left of each victim on PGD examples that were crafted on each source."""
+
+    sources: list[Text] = Field(default_factory=list)
+    """Trained rows; with none there is no matrix. Examples are crafted through all that a row does at inference."""
+    victims: list[Text] = Field(default_factory=list)
+    """Trained rows; every evaluated one by default."""
+    images: Count = 256
+    steps: Count = 20
+    relative_step: Positive = 0.25
+    """Of the radius."""
+
+
 class StudyParams(Section):
     """Success table, distances, ablations and pictures, out of the cells that the evaluate stage ran. Only images
     whose adversarial versions are kept (`evaluate.subset`) take part."""
 
     models: list[Text] = Field(default_factory=list)
-    """Evaluated rows; with none the study is off."""
+    """Evaluated rows; with none the study has nothing but its transfer matrix."""
     suites: list[CellName] = Field(default_factory=list)
     """Suites whose attacks are the columns; all of them by default."""
     protocol: Literal["digits", "mnist", "cifar", "imagenet"] = "imagenet"
@@ -46,6 +59,7 @@ class StudyParams(Section):
     """Images of the contact sheets."""
     strips: list[CellName] = Field(default_factory=list)
     """Attacks whose first success is shown scale by scale."""
+    transfer: TransferParams = TransferParams()
 
     def check(self, evaluate: EvaluateParams, rows: list[str]) -> None:
         """Raise ValueError with the path of what does not exist."""
@@ -54,6 +68,8 @@ class StudyParams(Section):
         wanted += [("suites", suite, evaluate.suites) for suite in self.suites]
         wanted += [("oracle", self.oracle, rows)] if self.oracle is not None else []
         wanted += [("strips", cell, cells) for cell in self.strips]
+        wanted += [("transfer.sources", row, rows) for row in self.transfer.sources]
+        wanted += [("transfer.victims", row, rows) for row in self.transfer.victims]
         for name, ablation in self.ablations.items():
             wanted += [(f"ablations.{name}.cells", cell, cells) for cell in ablation.cells.values()]
             wanted += [(f"ablations.{name}.rows", row, evaluate.models) for row in ablation.rows.values()]

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from casemate.errors import UserError
 from casemate.reporting.detection import Detection, load_detections
 from casemate.reporting.records import Number, Record, read
-from casemate.reporting.study_file import StudyFile, load_study
+from casemate.reporting.study_file import StudyFile, TransferFile, load_study, load_transfer
 
 View = Literal["adaptive", "static"]
 Verdict = Literal["ok", "unreliable", "not run"]
@@ -241,6 +241,7 @@ class ReportInputs:
     detections: tuple[Detection, ...] = ()
     """Of the rows that have detectors."""
     study: StudyFile | None = None
+    transfer: TransferFile | None = None
 
     @classmethod
     def load(cls, profile: str, reports: Path, models: Path, rows: Sequence[str] | None = None) -> ReportInputs:
@@ -255,6 +256,7 @@ class ReportInputs:
             tuple(_row(reports, models, name) for name in rows),
             load_detections(reports),
             load_study(reports),
+            load_transfer(reports),
         )
 
     @property

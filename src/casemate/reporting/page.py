@@ -105,7 +105,8 @@ def _page(inputs: ReportInputs, board: Leaderboard, draws: Mapping[str, Draw], s
         board=board, rows=inputs.rows, threat=evaluations[0].threat, dataset=evaluations[0].dataset,
         finding=words.finding(board), remarks=words.remarks(board), warning=words.scaled_down(evaluations),
         heat=heat_map(inputs, board.entries), failed_fits=inputs.failed_fits, dark=figures.DARK, galleries=shown,
-        detections=inputs.detections, study=inputs.study, entries={e.system: e for e in board.entries},
+        detections=inputs.detections, study=inputs.study, transfer=inputs.transfer,
+        entries={e.system: e for e in board.entries},
         plots={name: inline_svg(draws[name], name, label, FULL if name == "curves" else WIDE)
             for name, label in labels.items()
             if name in draws

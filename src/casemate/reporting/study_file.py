@@ -59,6 +59,34 @@ class StudyFile(Record):
         return sum(values) / len(values) if values else None
 
 
+class Figures(Record):
+    """A share of `n` images, with its 95 % interval."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+
+
+class TransferFile(Record):
+    """`study/transfer.json`: `cells` by source and victim, `clean` by row."""
+
+    threat: str
+    steps: int
+    cells: dict[str, dict[str, Figures]]
+    clean: dict[str, Figures]
+
+    @property
+    def victims(self) -> list[str]:
+        return list(next(iter(self.cells.values())))
+
+
+def load_transfer(reports: Path) -> TransferFile | None:
+    """The transfer matrix of a profile; None where there is none."""
+    path = reports / "study" / "transfer.json"
+    return read(TransferFile, path) if path.exists() else None
+
+
 def load_study(reports: Path) -> StudyFile | None:
     """The study of a profile; None where it is off, or was not run."""
     folder = reports / "study"
