@@ -179,10 +179,27 @@ def test_static_far_above_adaptive_discredits_the_static_column(static: int, ada
         Finished(planned("pgd", view="static"), down(static)), Finished(planned("pgd"), down(adaptive)),
         Finished(planned("only_adaptive"), down(90)),
     ]  # fmt: skip
-    (check,) = gate.static_above_adaptive(Purified(), suites, BALL)
+    (check,) = gate.static_above_adaptive(Purified(), suites)
     assert check.passed is passed and check.concerns == "static"
     assert f"{100 - static}.0 %" in check.detail and f"{100 - adaptive}.0 %" in check.detail
-    assert gate.static_above_adaptive(system(nn.Flatten()), suites, BALL) == []
+    assert gate.static_above_adaptive(system(nn.Flatten()), suites) == []
+
+
+def test_static_attacks_are_no_better_for_being_many() -> None:
+    """Three blind attacks fell different images, so that together they leave next to nothing; each of them alone,
+    which is what a paper shows, leaves two thirds."""
+    suites = []
+    for at, name in enumerate(("pgd", "mim", "cw")):
+        third = cell([int(34 * at <= i < 34 * (at + 1)) for i in range(100)], NONE)
+        suites += [Finished(planned(name, view="static"), third), Finished(planned(name), down(99))]
+    suites.append(Finished(planned("small"), cell([1] * 3, [0] * 3)))
+    suites.append(Finished(planned("small", view="static"), cell([1] * 3, [0] * 3)))
+    (check,) = gate.static_above_adaptive(Purified(), suites)
+    assert not check.passed and check.concerns == "static"
+    assert check.detail.startswith("cw: static 68.0 % left, adaptive 1.0 % of 100 images")
+    assert "an illusion in 3 of 4 attacks" in check.detail
+    (check,) = gate.static_above_adaptive(Purified(), suites[-2:])
+    assert check.passed and "no illusion in any of 1 attacks" in check.detail
 
 
 def test_random_search_is_allowed_a_little_luck() -> None:

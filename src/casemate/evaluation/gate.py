@@ -30,7 +30,7 @@ TOLERATED = 0.01
 LUCK = 0.002
 """Share of images on which random search may find what gradients missed."""
 FAR = 0.02
-"""Static accuracy above adaptive by more than this, and beyond chance, makes the static evaluation a failure."""
+"""An attack's static accuracy above its adaptive one by more than this, and beyond chance, is an illusion."""
 UNBOUNDED = 0.5
 
 
@@ -93,7 +93,8 @@ def run_gate(
     """Every check on one system: {"verdict", "static", "checks"}.
 
     `sweep` holds (radius, cell) pairs of rising radius. Attacks needed beyond it and `suites` run through the ledger.
-    A static evaluation far above the adaptive one discredits the static column ("static") and not the system.
+    A static evaluation far above the adaptive one is an illusion of that protocol: it discredits the static figures
+    ("static") and not the system, whose ranked figure is the adaptive one.
     """
     swept = len(sweep) > 1
     planned = gate_cells(params, runner.threat, len(runner.data), swept=swept)
@@ -105,7 +106,7 @@ def run_gate(
         more_radius(series),
         unbounded(probes["unbounded"]),
         zero_gradients(system, runner, planned[0].images),
-        *static_above_adaptive(system, suites, runner.threat),
+        *static_above_adaptive(system, suites),
         *above_clean(suites),
         *black_above_white_box(suites, runner.threat),
     ]
@@ -186,22 +187,36 @@ def zero_gradients(system: System, runner: Runner, images: int) -> Check:
     return Check("gradients are not zero", silent <= TOLERATED * right, detail)
 
 
-def static_above_adaptive(system: System, suites: Sequence[Finished], threat: ThreatModel) -> list[Check]:
-    """The static attacks, blind to what inference adds, must not look far better than the same ones made adaptive."""
-    both = {_attack_of(f, "static") for f in suites} & {_attack_of(f, "adaptive") for f in suites} - {None}
-    if not system.changes_inference or not both:
+def static_above_adaptive(system: System, suites: Sequence[Finished]) -> list[Check]:
+    """An attack blind to what inference adds must not look far better than the same attack made adaptive.
+
+    Asked of each attack by itself, on the images that its two faces have finished and under its own budget: a paper
+    reports one attack, and the union of many blind ones fells what every single one of them leaves. One that fails
+    is enough; the one that flatters most is shown.
+    """
+    faces = {(_attack_of(f), f.planned.view): f.cell for f in suites}
+    pairs = []
+    for name, view in faces:
+        if not system.changes_inference or view != "static" or (name, "adaptive") not in faces:
+            continue
+        blind, aware = faces[name, "static"], faces[name, "adaptive"]
+        images = common_images([blind, aware])
+        if not len(images):
+            continue
+        blind, aware = blind.at(images), aware.at(images)
+        stronger, p = _beats(aware, blind)
+        gap = (int(aware.rows["success"].sum()) - int(blind.rows["success"].sum())) / len(images)
+        detail = f"{name[1]}: static {_left(blind)} left, adaptive {_left(aware)} of {len(images):,} images"
+        pairs.append((stronger and gap > FAR, gap, p, detail))
+    if not pairs:
         return []
-    faces = {v: [f.cell for f in suites if _attack_of(f, v) in both] for v in ("static", "adaptive")}
-    images = common_images([*faces["static"], *faces["adaptive"]])
-    down = {v: np.any([fallen(c.at(images), threat) for c in cells], axis=0) for v, cells in faces.items()}
-    stronger, p = beats(down["adaptive"], down["static"])
-    gap = (int(down["adaptive"].sum()) - int(down["static"].sum())) / max(len(images), 1)
-    detail = (
-        f"static attacks leave {_percent(int((~down['static']).sum()), len(images))}, adaptive ones "
-        f"{_percent(int((~down['adaptive']).sum()), len(images))} of {len(images):,} images: the static figure is "
-        + ("not to be used" if stronger and gap > FAR else "no illusion")
-    )
-    return [Check("static not far above adaptive", not (stronger and gap > FAR), detail, p, "static")]
+    failed, _, p, detail = max(pairs)
+    illusions = sum(pair[0] for pair in pairs)
+    said = (
+        f"an illusion in {illusions} of {len(pairs)} attacks, none of whose static figures is to be used"
+        if failed else f"no illusion in any of {len(pairs)} attacks"
+    )  # fmt: skip
+    return [Check("static not far above adaptive", not failed, f"{detail}; {said}", p, "static")]
 
 
 def above_clean(suites: Sequence[Finished]) -> list[Check]:
@@ -255,8 +270,8 @@ def random_search(corners: Cell, white: Sequence[Cell], threat: ThreatModel) -> 
     return Check("random search finds nothing new", p >= SIGNIFICANT, detail, p)
 
 
-def _attack_of(done: Finished, view: str) -> tuple[str, str] | None:
-    return (done.planned.suite, done.planned.name) if done.planned.view == view else None
+def _attack_of(done: Finished) -> tuple[str, str]:
+    return done.planned.suite, done.planned.name
 
 
 # --- words --------------------------------------------------------------------------------------------------

@@ -120,8 +120,9 @@ def _ours(found: Ours) -> str:
     if entry.worst_all_n:
         robust.append(f"{_share(entry.worst_all)} (n {entry.worst_all_n:,})")
     protocol = f"core; every attack ({entry.attacks}); {entry.status}"
-    if entry.static_worst_n:
-        protocol += f"; {_share(entry.static_worst)} by static attacks"
+    if entry.published_n:
+        theirs = f"`{entry.published_attack}` (n {entry.published_n:,})"
+        protocol += f"; {_share(entry.published)} by the strongest a paper would report, {theirs}"
     trained = f"{entry.effective_epochs:g} epochs, seed {entry.train_seed}" if entry.effective_epochs else "-"
     scaled = "" if entry.budget == 1 else f", budget {entry.budget:g}"
     return ROW.format(

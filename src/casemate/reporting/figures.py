@@ -25,7 +25,7 @@ PHONE = 420
 
 
 def worst_bars(entries: Sequence[Entry]) -> Draw:
-    """Clean accuracy, static and adaptive worst case of each entry, as horizontal bars with 95 % intervals."""
+    """Clean accuracy, the paper's protocol and adaptive worst case of each entry, as horizontal bars with 95 % intervals."""
 
     def draw(theme: Theme, width: int) -> Figure:
         figure = canvas(width, 70 + 40 * len(entries))
@@ -33,7 +33,7 @@ def worst_bars(entries: Sequence[Entry]) -> Draw:
         for y, entry in enumerate(entries):
             faces = [
                 ("clean", entry.clean, entry.clean_low, entry.clean_high, theme.clean),
-                ("static", entry.static_worst, entry.static_worst_low, entry.static_worst_high, theme.static),
+                ("published", entry.published, entry.published_low, entry.published_high, theme.static),
                 ("adaptive", entry.worst_all, entry.worst_all_low, entry.worst_all_high, theme.adaptive),
             ]
             shown = [f for f in faces if f[1] is not None]
@@ -50,8 +50,8 @@ def worst_bars(entries: Sequence[Entry]) -> Draw:
         axes.set_xticks(range(0, 101, 20 if width > PHONE else 50))
         axes.set_xlabel("accuracy, %")
         handles = [_patch(c) for c in (theme.clean, theme.static, theme.adaptive)]
-        roles = ["clean", "static worst case", "adaptive worst case"]
-        if all(e.static_worst is None for e in entries):
+        roles = ["clean", "paper's protocol", "adaptive worst case"]
+        if all(e.published is None for e in entries):
             del handles[1], roles[1]
         _legend(figure, handles, roles, 3 if width > PHONE else 2)
         return figure

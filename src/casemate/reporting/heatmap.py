@@ -19,7 +19,7 @@ class Group:
 @dataclass(frozen=True)
 class Line:
     """An attack, or the worst case over all of them, and one cell per column. `threat` is named where it is another
-    than the row's."""
+    than the row's. A worst case is adaptive: there is none of the static face."""
 
     attack: str
     suite: str
@@ -53,7 +53,7 @@ def heat_map(inputs: ReportInputs, order: tuple[Entry, ...]) -> HeatMap:
              tuple(found.get((s.name, suite, attack, face)) for s, face in columns))
         for (suite, attack), threat in _attacks(systems, usual).items()
     ]  # fmt: skip
-    worst = tuple(s.worst_case("all", "static" if face == "static" else "adaptive") for s, face in columns)
+    worst = tuple(None if face == "static" else s.worst_case("all", "adaptive") for s, face in columns)
     return HeatMap(groups, (*lines, Line("worst case", "all", None, worst)))
 
 

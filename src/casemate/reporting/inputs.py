@@ -81,6 +81,8 @@ class Cell(Rate):
     method: str
     view: View
     suite: str
+    protocol: Literal["adaptive", "published"] = "adaptive"
+    """Published: how papers evaluate such a system, with static attacks and with those of the defense's own paper."""
     threat: Budget | None = None
     """Where it is another than the row's: another ball, or a budget outside balls such as `flow tau 0.05`."""
     asr: Number = None

@@ -18,15 +18,16 @@ Status = Literal["ranked", "untrained", "not evaluated", "incomplete", "unreliab
 STATUSES: tuple[Status, ...] = get_args(Status)
 Release = Literal["passed", "failed", "not run"]
 """The release gate on the system's exported file; not run where it is not exported."""
-FIGURES = ("clean", "worst_core", "worst_all", "static_worst")
+FIGURES = ("clean", "worst_core", "worst_all", "published")
 
 
 @dataclass(frozen=True)
 class Entry:
     """One system. Accuracies, intervals and the gap are fractions; None where nothing was measured.
 
-    `worst_core` and `worst_all` are adaptive worst cases, `static_worst` and `gap` (static minus adaptive) are over
-    all suites. `strongest_attack` leaves the lowest accuracy under the row's threat model. `attacks` make up
+    `worst_core` and `worst_all` are adaptive worst cases. `published` is what `published_attack` alone leaves, the
+    strongest of those that papers would evaluate the system with (`protocol`), and `gap` how far that lies above
+    `worst_all`. `strongest_attack` leaves the lowest accuracy under the row's threat model. `attacks` make up
     `worst_all`; `forwards` and `backwards` are the passes that they spend on one image, all together. `served` is
     left of the exported file attacked as it is served.
     """
@@ -53,10 +54,11 @@ class Entry:
     worst_all_low: float | None
     worst_all_high: float | None
     worst_all_n: int | None
-    static_worst: float | None
-    static_worst_low: float | None
-    static_worst_high: float | None
-    static_worst_n: int | None
+    published: float | None
+    published_low: float | None
+    published_high: float | None
+    published_n: int | None
+    published_attack: str | None
     static_verdict: Verdict
     gap: float | None
     strongest_attack: str | None
@@ -161,23 +163,35 @@ def status(evaluation: Evaluation, system: Evaluated) -> Status:
 def strongest(evaluation: Evaluation, system: Evaluated) -> Cell | None:
     """The attack that leaves the lowest accuracy under the row's own threat model; the larger n, then the name,
     settles a tie."""
-    same = (c for c in system.cells if c.threat is None or c.threat.text == evaluation.threat.text)
+    return _lowest(evaluation, system.cells)
+
+
+def protocol(evaluation: Evaluation, system: Evaluated) -> Cell | None:
+    """The attack that leaves the lowest accuracy of a system that changes its inference, among those that a paper
+    would report: the static ones, and those of the defense's own paper. One attack and no union, which none reports."""
+    if not system.changes_inference:
+        return None
+    return _lowest(evaluation, (c for c in system.cells if c.view == "static" or c.protocol == "published"))
+
+
+def _lowest(evaluation: Evaluation, cells: Iterable[Cell]) -> Cell | None:
+    same = (c for c in cells if c.n and (c.threat is None or c.threat.text == evaluation.threat.text))
     return min(same, key=lambda c: (c.accuracy, -c.n, c.attack), default=None)
 
 
 def _entry(row: Row, system: Evaluated) -> Entry:
     evaluation = row.evaluation
-    everything, static = system.worst_case("all", "adaptive"), system.worst_case("all", "static")
+    everything, theirs = system.worst_case("all", "adaptive"), protocol(evaluation, system)
     hardest = strongest(evaluation, system)
-    gap = None if everything is None or static is None else _round(static.accuracy - everything.accuracy)
+    gap = None if everything is None or theirs is None else _round(theirs.accuracy - everything.accuracy)
     card, file = evaluation.card, None if row.releases is None else row.releases.files.get(system.mode)
     return Entry(
         rank=None, system=system.name, row=evaluation.row, mode=system.mode, method=evaluation.method,
         dataset=evaluation.dataset, network=evaluation.network, status=status(evaluation, system), champion=False,
         verdict=system.gate.verdict,
         **_rate("clean", system.clean), **_rate("worst_core", system.worst_case("core", "adaptive")),
-        **_rate("worst_all", everything), **_rate("static_worst", static),
-        static_verdict=system.gate.static, gap=gap,
+        **_rate("worst_all", everything), **_rate("published", theirs),
+        published_attack=system.label(theirs) if theirs else None, static_verdict=system.gate.static, gap=gap,
         strongest_attack=system.label(hardest) if hardest else None,
         attacks=len(everything.attacks) if everything else 0,
         epochs=card.get("epochs", card.get("recipe", {}).get("epochs")),

@@ -19,7 +19,7 @@ from casemate.reporting import figures, words
 from casemate.reporting.gallery import Gallery, gallery, gallery_figure
 from casemate.reporting.heatmap import heat_map
 from casemate.reporting.inputs import ReportInputs, Row
-from casemate.reporting.leaderboard import Leaderboard, build, champion
+from casemate.reporting.leaderboard import Leaderboard, build, champion, protocol
 from casemate.reporting.picture import leaderboard_picture
 from casemate.reporting.seeds import over_seeds
 from casemate.reporting.theme import WIDE, Draw, inline_svg, save_png, write_bytes
@@ -64,7 +64,7 @@ def write_overview(reports: Path, default: str = "mnist") -> Path:
     return reports / "index.html"
 
 
-_BARS = "Bars of clean accuracy, static and adaptive worst case of each system"
+_BARS = "Bars of clean accuracy, of what the paper's protocol leaves, and of the adaptive worst case of each system"
 
 
 def _gallery(row: Row) -> Gallery | None:
@@ -107,6 +107,7 @@ def _page(inputs: ReportInputs, board: Leaderboard, draws: Mapping[str, Draw], s
         heat=heat_map(inputs, board.entries), failed_fits=inputs.failed_fits, dark=figures.DARK, galleries=shown,
         detections=inputs.detections, study=inputs.study, transfer=inputs.transfer,
         entries={e.system: e for e in board.entries},
+        protocols={s.name: protocol(e, s) for e in evaluations for s in e.systems},
         plots={name: inline_svg(draws[name], name, label, FULL if name == "curves" else WIDE)
             for name, label in labels.items()
             if name in draws

@@ -99,7 +99,8 @@ def _training(entry: Entry) -> str:
 
 
 def remarks(board: Leaderboard) -> list[str]:
-    """What a reader must know beside the finding: an order the run does not settle, and the widest static gap."""
+    """What a reader must know beside the finding: an order the run does not settle, and the widest gap to what
+    a paper would report."""
     said: list[str] = []
     best = champion(board) or next(iter(board.ranked), None)
     if best is not None and best.worst_all_low is not None:
@@ -111,8 +112,9 @@ def remarks(board: Leaderboard) -> list[str]:
     widest = max(gaps, key=lambda e: (e.gap or 0.0, e.system), default=None)
     if widest is not None:
         said.append(
-            f"{widest.system} seems to keep {percent(widest.static_worst)}% under attacks that ignore its test-time "
-            f"defense, and keeps {percent(widest.worst_all)}% under attacks that account for it."
+            f"{widest.system} seems to keep {percent(widest.published)}% under the strongest attack that a paper would "
+            f"report ({widest.published_attack}, n\u00a0=\u00a0{count(widest.published_n)}), and keeps "
+            f"{percent(widest.worst_all)}% under attacks that account for its test-time defense."
         )
     return said
 
