@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import json
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -163,8 +167,57 @@ def test_a_torn_segment_is_said_and_redone(tmp_path: Path, tear: object, caplog:
     Jitter.chunks.clear()
     with caplog.at_level(logging.WARNING):
         again = run(tmp_path / "a", keep=60)
-    assert Jitter.chunks.count(10) >= 1 and "torn segment" in caplog.text and victim.name in caplog.text
+    kind = "foreign" if tear is another_cell else "torn"
+    assert Jitter.chunks.count(10) >= 1 and f"a {kind} segment" in caplog.text and victim.name in caplog.text
+    assert ("of another attack" in caplog.text) is (tear is another_cell)
+    assert [p.name for p in victim.parent.glob("*.*") if p.suffix == f".{kind}"] == [f"{victim.name}.{kind}"]
     assert same(again, whole) and again.x_adv().keys() == whole.x_adv().keys()
+
+
+def test_a_segment_of_other_weights_says_so_and_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A look does not touch it, a run puts it aside, and a second one does not overwrite the first."""
+    other = linear(1)
+    run(tmp_path, ORDER[:10])
+    Ledger(tmp_path, CHUNK).run(other, DATA, Jitter(), BALL, "adaptive", ORDER[:10], 7)
+    by_system = {p: json.loads(pq.read_schema(p).metadata[b"key"])["system"] for p in segments(tmp_path)}
+    mine = next(p for p, s in by_system.items() if s == SYSTEM.hash() and "Jitter" in key_of(p))
+    theirs = next(p for p, s in by_system.items() if s == other.hash() and "Jitter" in key_of(p))
+    for aside in (f"{mine.name}.foreign", f"{mine.name}.foreign.2"):
+        mine.write_bytes(theirs.read_bytes())
+        read = Ledger(tmp_path, CHUNK).read(SYSTEM, DATA, Jitter(), BALL, "adaptive", ORDER[:10], 7)
+        assert len(read) == 0 and mine.read_bytes() == theirs.read_bytes()
+        assert len(run(tmp_path, ORDER[:10])) == 10
+        assert (mine.parent / aside).read_bytes() == theirs.read_bytes()
+    assert "it holds results of other weights" in caplog.text
+
+
+def key_of(path: Path) -> str:
+    found: str = pq.read_schema(path).metadata[b"key"].decode()
+    return found
+
+
+def test_no_segment_is_lost_where_the_machine_fails(tmp_path: Path) -> None:
+    """No more files may be opened: that says nothing about the segments."""
+    whole = run(tmp_path, ORDER[:20])
+    before = {p: p.read_bytes() for p in segments(tmp_path)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ledger = Ledger(tmp_path, CHUNK)
+    keys.cell_key(SYSTEM, Jitter(), BALL, "adaptive", 7)  # reads sources
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        for look in (ledger.read, ledger.run):
+            with pytest.raises(OSError) as told:
+                look(SYSTEM, DATA, Jitter(), BALL, "adaptive", ORDER[:20], 7)
+            assert told.value.errno == errno.EMFILE
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {p: p.read_bytes() for p in segments(tmp_path)} == before and same(run(tmp_path, ORDER[:20]), whole)
+
+
+@pytest.mark.parametrize("error", [pa.ArrowMemoryError("full"), OSError(errno.EIO, "bad disk"), MemoryError()])
+def test_what_the_machine_says_is_not_about_the_content(error: Exception) -> None:
+    assert not store.about_content(error)
+    assert store.about_content(pa.ArrowInvalid("no footer")) and store.about_content(OSError("Corrupt data"))
 
 
 def test_no_flipped_byte_changes_a_row_unseen(tmp_path: Path) -> None:

@@ -15,7 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_reporting_samples import HOLDS, SEEMS, dump, evaluation, rate, release, rows, system, write_images, write_profile
+from test_reporting_samples import (
+    HOLDS,
+    SEEMS,
+    dump,
+    evaluation,
+    rate,
+    release,
+    rows,
+    system,
+    write_images,
+    write_profile,
+)
 
 from casemate.errors import UserError
 from casemate.reporting import Leaderboard, ReportInputs, build, champion, words, write_overview, write_report

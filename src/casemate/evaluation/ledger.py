@@ -1,7 +1,7 @@
 """The ledger: what every attack did to every image, kept in small immutable files and never computed twice.
 
 A segment holds one chunk of images under one key (see `keys`). It is written aside and renamed, carries checksums,
-and is thrown away and redone when it does not fit them. Processes need no lock: at worst a chunk is done twice, with
+and is set aside and redone when it does not fit them. Processes need no lock: at worst a chunk is done twice, with
 the same result. No wall time, run id or date is in it. Reading needs no torch.
 """
 
@@ -135,7 +135,7 @@ class Ledger:
             if shard is not None and not shard.holds(start // self.chunk):
                 continue
             images = data.fingerprint(chunk)
-            if not self._found(key, images, start < keep):
+            if not self._found(key, images, start < keep, redo=True):
                 if before is None and not isinstance(attack, Identity):
                     before = self.clean(system, data, indices, shard=shard).predictions()
                 chunk_seed = keys.chunk_seed(attack, images, seed)
@@ -181,16 +181,28 @@ class Ledger:
         folder = self.root / cell[:2] / cell
         return folder / f"{images}.images.parquet", folder / f"{images}.parquet"
 
-    def _found(self, key: Mapping[str, Any], images: str, with_images: bool) -> tuple[Path, Rows] | None:
-        """A sound segment; a torn one is said, dropped, and thereby redone."""
+    def _found(
+        self, key: Mapping[str, Any], images: str, with_images: bool, *, redo: bool = False
+    ) -> tuple[Path, Rows] | None:
+        """A sound segment. A torn or foreign one is said, and counts as none; it is kept under another name if it is
+        to be redone. What the machine fails at is raised: the segment may be as sound as ever."""
         for path in self._paths(key, images)[: 1 if with_images else 2]:
             try:
                 return path, segments.read(path, key, verify_images=with_images)
             except FileNotFoundError:
                 continue
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-                log.warning("dropped a torn segment of the ledger (%s): %s", " ".join(str(error).split()), path)
-                path.unlink(missing_ok=True)
+                if not segments.about_content(error):
+                    raise
+                kind = "foreign" if isinstance(error, segments.ForeignError) else "torn"
+                kept = f", kept as {segments.set_aside(path, kind).name}" if redo else ""
+                log.warning(
+                    "a %s segment of the ledger does not count (%s): %s%s",
+                    kind,
+                    " ".join(str(error).split()),
+                    path,
+                    kept,
+                )
         return None
 
     def _collect(self, key: dict[str, Any], data: EvaluationSet, indices: Sequence[int]) -> Cell:

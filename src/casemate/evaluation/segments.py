@@ -25,6 +25,10 @@ was after, and is true for every clean error; linf and l2 are in pixel units; th
 Rows = dict[str, np.ndarray]
 
 
+class ForeignError(ValueError):
+    """A segment that was written under another key: sound, and not what was asked for."""
+
+
 def write(path: Path, key: Mapping[str, Any], rows: Rows, x_adv: np.ndarray | None = None) -> None:
     """Write `rows` (a column each of COLUMNS, N long), and adversarial images (N x C x H x W float32) if given."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,12 +49,14 @@ def write(path: Path, key: Mapping[str, Any], rows: Rows, x_adv: np.ndarray | No
 
 
 def read(path: Path, key: Mapping[str, Any], *, verify_images: bool = False) -> Rows:
-    """The rows of a segment. Raises ValueError if it is not the one asked for or does not fit its checksums."""
+    """The rows of a segment. Raises ForeignError if it is not the one asked for, a ValueError, KeyError or OSError
+    without a number if it does not fit its checksums or is no segment, and what the system says if it cannot be read.
+    """
     with pq.ParquetFile(path) as file:
         table = file.read(columns=list(COLUMNS))
     meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     if meta.get("key") != _text(key):
-        raise ValueError("it was written under another key")
+        raise ForeignError(_differs(json.loads(meta.get("key", "{}")), key))
     rows = {name: table[name].to_numpy().astype(dtype) for name, dtype in COLUMNS.items()}
     if meta["rows"] != _checksum(rows[name] for name in COLUMNS):
         raise ValueError("its checksum does not fit")
@@ -76,6 +82,37 @@ def read_images(path: Path) -> dict[int, np.ndarray]:
     if meta["images"] != _checksum([flat]):
         raise ValueError("the checksum of its images does not fit")
     return dict(zip(table["index"].to_pylist(), flat, strict=True))
+
+
+def about_content(error: Exception) -> bool:
+    """Whether `read` failed because of what stands in the file. An error of the machine (no more files may be opened,
+    no permission, a disk or a share that does not answer, no memory) says nothing about that."""
+    if isinstance(error, MemoryError):
+        return False
+    return not isinstance(error, OSError) or error.errno is None
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Give a segment a name (`.torn`, `.foreign`) under which no ledger finds it, and none is overwritten."""
+    for number in range(1, 1000):
+        aside = path.with_name(f"{path.name}.{why}" + (f".{number}" if number > 1 else ""))
+        if not aside.exists():
+            break
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        path.rename(aside)
+    return aside
+
+
+KEY_PARTS = {
+    "system": "of other weights", "system_code": "of other code of the system", "view": "of another view",
+    "threat": "of another threat model", "attack": "of another attack, or of other code of it",
+    "seed": "of another seed",
+}  # fmt: skip
+
+
+def _differs(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    parts = [said for part, said in KEY_PARTS.items() if part in wanted and found.get(part) != wanted[part]]
+    return f"it holds results {' and '.join(parts) or 'under another key'}"
 
 
 def _text(key: Mapping[str, Any]) -> str:

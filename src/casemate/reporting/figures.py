@@ -25,7 +25,7 @@ PHONE = 420
 
 
 def worst_bars(entries: Sequence[Entry]) -> Draw:
-    """Clean accuracy, the paper's protocol and adaptive worst case of each entry, as horizontal bars with 95 % intervals."""
+    """Clean accuracy, paper's protocol and adaptive worst case of each entry, as bars with 95 % intervals."""
 
     def draw(theme: Theme, width: int) -> Figure:
         figure = canvas(width, 70 + 40 * len(entries))

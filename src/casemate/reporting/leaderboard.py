@@ -168,7 +168,7 @@ def strongest(evaluation: Evaluation, system: Evaluated) -> Cell | None:
 
 def protocol(evaluation: Evaluation, system: Evaluated) -> Cell | None:
     """The attack that leaves the lowest accuracy of a system that changes its inference, among those that a paper
-    would report: the static ones, and those of the defense's own paper. One attack and no union, which none reports."""
+    would report: the static ones, and those of the defense's own paper. One attack: no paper reports a union."""
     if not system.changes_inference:
         return None
     return _lowest(evaluation, (c for c in system.cells if c.view == "static" or c.protocol == "published"))

@@ -112,8 +112,8 @@ def remarks(board: Leaderboard) -> list[str]:
     widest = max(gaps, key=lambda e: (e.gap or 0.0, e.system), default=None)
     if widest is not None:
         said.append(
-            f"{widest.system} seems to keep {percent(widest.published)}% under the strongest attack that a paper would "
-            f"report ({widest.published_attack}, n\u00a0=\u00a0{count(widest.published_n)}), and keeps "
+            f"{widest.system} seems to keep {percent(widest.published)}% under the strongest attack that a paper "
+            f"would report ({widest.published_attack}, n\u00a0=\u00a0{count(widest.published_n)}), and keeps "
             f"{percent(widest.worst_all)}% under attacks that account for its test-time defense."
         )
     return said
