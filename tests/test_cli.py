@@ -51,6 +51,12 @@ def saturated(x):
 def labels(x):
     return net(x).argmax(1)
 
+def optimising(x):
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(net(leaf).logsumexp(1).sum(), leaf)
+    return net((x + 0.01 * gradient.sign()).clamp(0, 1))
+
 def failing(x):
     return net(x[:, :, :4])
 
@@ -276,6 +282,7 @@ MISTAKES = {
     "labels": (["own:labels"], {}, "must answer images (8, 1, 8, 8) with logits of shape (8, classes)"),
     "failing": (["own:failing"], {}, "failed on images of shape (8, 1, 8, 8) in [0, 1]: "),
     "noisy": (["own:noisy"], {}, "answers the same images differently each time"),
+    "optimising": (["own:optimising"], {}, "takes gradients in its forward pass: it optimises at test time"),
     "no dataset": (["own:net"], {"data": "digts"}, "--data digts: no such dataset or folder; did you mean 'digits'?"),
     "no attack": (["own:net", "--attacks", "pdg"], {}, "unknown attack 'pdg'; did you mean 'pgd'"),
     "no option": (["own:net", "--attacks", "pgd:step=3"], {}, "attack pgd has no option 'step'; did you mean"),

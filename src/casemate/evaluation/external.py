@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from casemate.attacks import diagnostics
 from casemate.errors import UserError, near
 from casemate.networks.base import Normalise, Shape, build_network
 from casemate.registry import resolve
@@ -92,6 +93,7 @@ def _try(model: nn.Module, shape: Shape, device: str, name: str) -> tuple[Tensor
             with torch.enable_grad():
                 leaf = x.clone().requires_grad_()
                 differentiable = bool(model(leaf).requires_grad)
+            inside = diagnostics.gradients_inside(View("adaptive", model, True, frozenset()), x[:2])
         except Exception as error:
             what = " ".join(str(error).split())[:200]
             raise UserError(
@@ -108,6 +110,12 @@ def _try(model: nn.Module, shape: Shape, device: str, name: str) -> tuple[Tensor
         raise UserError(
             f"{name} answers the same images differently each time: its gradients would need averaging over many "
             "draws, which is not done here; fix its noise, or turn it off"
+        )
+    if inside:
+        raise UserError(
+            f"{name} takes gradients in its forward pass: it optimises at test time, and attacks that do not account "
+            "for that would flatter it, so it gets no figure. Give the classifier alone, or make the optimisation a "
+            "purification that brings its adaptive attacks (docs/extending.md)"
         )
     return first.float(), differentiable
 

@@ -125,7 +125,7 @@ class Ledger:
             shard: attack its chunks only; the cell returned holds whatever the ledger has.
             progress: called with the number of images of each chunk as it is done or found.
 
-        Raises UserError if the system does not offer what the attack needs.
+        Raises UserError if the system does not offer what the attack needs, or answers with what is no number.
         """
         from casemate.evaluation.probes import Identity
 
@@ -227,11 +227,13 @@ def _attack(
 
     `before` holds the clean predictions; None where the attack is the clean image itself.
     """
+    from casemate.evaluation.answers import all_finite
     from casemate.threat import untargeted
     from casemate.training.memory import in_pieces
 
     x, y = data.take(chunk)
-    with full_precision():
+    doing = "the clean images" if before is None else f"images that {type(attack).__name__} tried"
+    with full_precision(), all_finite(system, doing):
         result = in_pieces(
             lambda: attack(system, x, untargeted(y), threat, seed, view=view),
             getattr(system, "classifier", None), len(x), log.warning,
