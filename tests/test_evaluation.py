@@ -392,6 +392,20 @@ def test_a_system_with_one_face_has_no_published_worst_case(data: EvaluationSet,
     assert entry["worst"]["all"]["published"] is None
 
 
+def test_the_report_names_the_floors_of_its_row(data: EvaluationSet, tmp_path: Path) -> None:
+    floors = [
+        {"rows": ["row", "other"], "suite": "core", "accuracy": 0.75},
+        {"rows": ["other"], "suite": "core", "accuracy": 1},
+    ]
+    suites = {"core": {"images": 20, "attacks": {"fgsm": {"attack": "fgsm"}}}}
+    given = params(models=["row", "other"], floors=floors, suites=suites)
+    report = evaluate(tmp_path, data, [Candidate(plain())], given).report
+    assert report["floors"] == [{"suite": "core", "accuracy": 0.75}]
+    assert Evaluation.model_validate(report).floors[0].accuracy == 0.75
+    bare = evaluate(tmp_path, data, [Candidate(plain())], params(suites=suites)).report
+    assert "floors" not in bare and Evaluation.model_validate(bare).floors == ()
+
+
 def test_a_short_card_is_untrained() -> None:
     assert replace(ABOUT, card={"effective_epochs": 0.5}).untrained
     assert not replace(ABOUT, card={"effective_epochs": 1.0}).untrained
@@ -425,6 +439,18 @@ def test_durations(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"models": ["at"], "floors": [{"rows": ["at"], "suite": "cor", "accuracy": 0.7}]},
+            "floors: no suite 'cor'; did",
+        ),
+        (
+            {"models": ["at"], "floors": [{"rows": ["ta"], "suite": "core", "accuracy": 0.7}]},
+            "floors: no row 'ta' under",
+        ),
+        (
+            {"models": ["at"], "floors": [{"rows": ["at"], "suite": "core", "accuracy": 75}]},
+            "less than or equal to 1",
+        ),
         ({"suites": {"all": SUITES["core"]}}, "stands for the union"),
         ({"suites": {}}, "at least 1"),
         ({"suites": {"core": {"attacks": {"x": {"attack": "pdg"}}}}}, "unknown attack 'pdg'; did you mean 'pgd'"),

@@ -95,6 +95,22 @@ def test_the_figures_of_an_entry(tmp_path: Path) -> None:
     assert (entry.epochs, entry.train_seed, entry.budget) == (12, 0, 1.0)
 
 
+def test_a_row_below_its_floor_has_failed_and_says_why(tmp_path: Path) -> None:
+    found = rows()
+    for one, accuracy in ((found[1], 0.75), (found[2], 0.95), (found[4], 0.8), (found[5], 0.93)):
+        one["floors"] = [{"suite": "core", "accuracy": accuracy}]
+    ranked = board(tmp_path, *found)
+    said = {e.system: (e.status, e.reason, e.rank) for e in ranked.entries}
+    reason = "keeps 92.8 % of 10,000 images under the suite core, and its floor is 95 %"
+    assert said["trades"] == ("failed", reason, None)
+    assert said["at_pgd"] == ("ranked", None, 1) and champion(ranked).system == "at_pgd"  # type: ignore[union-attr]
+    assert said["masked"][0] == "failed"  # a doubtful figure can only be too high
+    assert said["half"][0] == "failed"
+    assert words.finding(board(tmp_path, found[2])) == "No system can be ranked: trades failed its floor."
+    page = write_report(write_profile(tmp_path, found[1:3]), tmp_path / "out").read_text().replace("<wbr>", "")
+    assert page.count(reason.replace(" %", "%")) == 2 and '<span class="chip bad">failed</span>' in page
+
+
 def test_the_papers_protocol_is_one_attack_and_no_union(tmp_path: Path) -> None:
     """Sixteen blind attacks together leave next to nothing, and would hide that the best of them leaves 72 %."""
     one = rows()[3]

@@ -190,6 +190,7 @@ class Params(Section):
         lists = {
             "evaluate.models": self.evaluate.models,
             "evaluate.source": [self.evaluate.source] if self.evaluate.source else [],
+            "evaluate.floors": [row for floor in self.evaluate.floors for row in floor.rows],
             "detect": list(self.detect),
             "export.models": self.export.models,
         }

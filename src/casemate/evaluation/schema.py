@@ -70,6 +70,15 @@ class Sweep(AttackParams):
         return radii
 
 
+class Floor(Section):
+    """What some rows must keep: the worst case of a suite. A row that keeps less is called failed, with this as the
+    reason, and is neither ranked nor champion."""
+
+    rows: list[Text] = Field(min_length=1)
+    suite: CellName
+    accuracy: Unit
+
+
 class GateParams(Section):
     """What the masking gate runs beside the suites."""
 
@@ -103,6 +112,7 @@ class EvaluateParams(Section):
     """The suite in which a system's own adaptive procedures run; by default that of the fewest images."""
     sweep: Sweep | None = None
     gate: GateParams | None = GateParams()
+    floors: list[Floor] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluateParams:
@@ -110,6 +120,9 @@ class EvaluateParams(Section):
             raise ValueError("suites.all: this name stands for the union of every suite; choose another")
         if self.procedures is not None and self.procedures not in self.suites:
             raise ValueError(f"procedures: no suite {self.procedures!r}{near(self.procedures, self.suites)}")
+        for floor in self.floors:
+            if floor.suite not in self.suites:
+                raise ValueError(f"floors: no suite {floor.suite!r}{near(floor.suite, self.suites)}")
         for suite, content in self.suites.items():
             for name, cell in content.attacks.items():
                 if cell.attack == "transfer" and self.source is None:

@@ -117,12 +117,14 @@ def evaluate_row(
     say(f"{about.row}: {sum((job.cost() for job in jobs), Cost())}")
     results = [job.run() for job in jobs]
     primary = next((i for i, candidate in enumerate(candidates) if candidate.primary), 0)
+    floors = [floor.model_dump(exclude={"rows"}) for floor in params.floors if about.row in floor.rows]
     return RowEvaluation(
         report={
             "schema": 1, "profile": about.profile, "row": about.row, "method": about.method,
             "dataset": about.dataset, "network": about.network, "classes": list(about.classes),
             "budget": about.budget, "seed": seed, "threat": _threat(threat), "card": dict(about.card),
             "untrained": about.untrained, "systems": [result.entry for result in results],
+            **({"floors": floors} if floors else {}),
         },
         rows=select([item for result in results for item in result.rows]),
         adversarial=gallery(candidates[primary].system, results[primary].suites, runner),

@@ -151,6 +151,13 @@ class Evaluated(Record):
         return f"{cell.attack} (static)" if self.changes_inference and cell.view == "static" else cell.attack
 
 
+class Floor(Record):
+    """What the row must keep in the worst case of a suite."""
+
+    suite: str
+    accuracy: float
+
+
 class Evaluation(Record):
     """`evaluate/ROW.json`."""
 
@@ -166,6 +173,7 @@ class Evaluation(Record):
     threat: Threat
     card: dict[str, Any] = Field(default_factory=dict)
     untrained: bool = False
+    floors: tuple[Floor, ...] = ()
     systems: tuple[Evaluated, ...]
 
     model_config = ConfigDict(extra="ignore", frozen=True, alias_generator=lambda name: name.rstrip("_"))

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from casemate.errors import UserError
 from casemate.reporting.inputs import Cell, Evaluated, Evaluation, Rate, ReportInputs, Row, Verdict
 
-Status = Literal["ranked", "untrained", "not evaluated", "incomplete", "unreliable"]
+Status = Literal["ranked", "untrained", "not evaluated", "failed", "incomplete", "unreliable"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 Release = Literal["passed", "failed", "not run"]
 """The release gate on the system's exported file; not run where it is not exported."""
@@ -29,7 +29,7 @@ class Entry:
     strongest of those that papers would evaluate the system with (`protocol`), and `gap` how far that lies above
     `worst_all`. `strongest_attack` leaves the lowest accuracy under the row's threat model. `attacks` make up
     `worst_all`; `forwards` and `backwards` are the passes that they spend on one image, all together. `served` is
-    left of the exported file attacked as it is served.
+    left of the exported file attacked as it is served. `reason` says of a failed one what it had to keep.
     """
 
     rank: int | None
@@ -74,6 +74,7 @@ class Entry:
     radius: float
     release: Release = "not run"
     served: float | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,24 @@ def status(evaluation: Evaluation, system: Evaluated) -> Status:
     worst = [system.worst_case(suite, "adaptive") for suite in ("all", "core")]
     if system.clean is None or worst[0] is None:
         return "not evaluated"
+    if below_floor(evaluation, system) is not None:
+        return "failed"
     if any(w is not None and w.incomplete for w in worst):
         return "incomplete"
     return "unreliable" if system.gate.verdict == "unreliable" else "ranked"
+
+
+def below_floor(evaluation: Evaluation, system: Evaluated) -> str | None:
+    """Which floor a system is under, in words; None if it keeps them all. What is left of an unfinished or doubtful
+    evaluation is at most its figure, so that is no excuse."""
+    for floor in evaluation.floors:
+        left = system.worst_case(floor.suite, "adaptive")
+        if left is not None and left.accuracy < floor.accuracy:
+            return (
+                f"keeps {100 * left.accuracy:.1f} % of {left.n:,} images under the suite {floor.suite}, "
+                f"and its floor is {100 * floor.accuracy:g} %"
+            )
+    return None
 
 
 def strongest(evaluation: Evaluation, system: Evaluated) -> Cell | None:
@@ -200,7 +216,7 @@ def _entry(row: Row, system: Evaluated) -> Entry:
         forwards=_total(c.forwards for c in system.cells), backwards=_total(c.backwards for c in system.cells),
         threat=evaluation.threat.text, radius=evaluation.threat.radius,
         release="not run" if file is None else "passed" if file.passed else "failed",
-        served=None if file is None else _round(file.served.accuracy),
+        served=None if file is None else _round(file.served.accuracy), reason=below_floor(evaluation, system),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ DATASETS = {
     "cifar100": "CIFAR-100", "svhn": "SVHN", "stl10": "STL-10", "tinyimagenet": "Tiny ImageNet (200 classes)",
     "imagenet10": "ImageNet (10 classes)",
 }  # fmt: skip
+SAID = {"unreliable": "is judged unreliable", "failed": "failed its floor"}
 NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
 
 
@@ -75,9 +76,7 @@ def finding(board: Leaderboard) -> str:
     """The result in one sentence, with the conditions it was found under."""
     best = champion(board) or next(iter(board.ranked), None)
     if best is None:
-        reasons = listed(
-            [f"{e.system} is {'' if e.status != 'unreliable' else 'judged '}{e.status}" for e in board.unranked]
-        )
+        reasons = listed([f"{e.system} {SAID.get(e.status, f'is {e.status}')}" for e in board.unranked])
         return f"No system can be ranked: {reasons}." if reasons else "No system was evaluated."
     attacks = f"the worst of {best.attacks} attacks" if best.attacks > 1 else "one attack"
     unchecked = "" if best.verdict == "ok" else f"; its masking gate was {best.verdict}"
