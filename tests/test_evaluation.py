@@ -444,10 +444,6 @@ def test_durations(seconds: float, text: str) -> None:
             "floors: no suite 'cor'; did",
         ),
         (
-            {"models": ["at"], "floors": [{"rows": ["ta"], "suite": "core", "accuracy": 0.7}]},
-            "floors: no row 'ta' under",
-        ),
-        (
             {"models": ["at"], "floors": [{"rows": ["at"], "suite": "core", "accuracy": 75}]},
             "less than or equal to 1",
         ),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
+from casemate import registry
 from casemate.errors import UserError
 from casemate.fields import fraction
 from casemate.params import check_params, load_params
@@ -48,12 +51,18 @@ def put(path: str, value: Any) -> dict[str, Any]:
         ("evaluate.suites.extended.attacks.pgd40.options.step", 1, ["pgd40", "step: unknown key", "'steps'"]),
         ("dataset", "mnits", ["dataset", "unknown dataset 'mnits'", "'mnist'"]),
         ("network.name", "lenet", ["network", "unknown network 'lenet'", "'lenet5'"]),
-        ("threat.radius", -0.1, ["threat.radius", "greater than or equal to 0", "-0.1"]),
+        ("threat.radius", -0.1, ["threat.radius", "greater than 0", "-0.1"]),
+        ("threat.radius", 0, ["threat.radius", "greater than 0"]),
         ("threat.radius", "8/0", ["threat.radius", "8/0"]),
         ("threat.norm", "l3", ["threat.norm", "l3"]),
         ("seed", True, ["seed", "True"]),
         ("budget", 0, ["budget", "greater than 0"]),
         ("defenses.at_pgd.options.steps", 0, ["defenses.at_pgd.options.steps", "greater than or equal to 1"]),
+        (
+            "evaluate.floors",
+            [{"rows": ["at_pdg"], "suite": "core", "accuracy": 1}],
+            ["floors: no row 'at_pdg'", "'at_pgd'"],
+        ),
         ("evaluate.models", ["standard", "at_pdg"], ["evaluate.models", "no row 'at_pdg'", "'at_pgd'"]),
         ("device", "gpu", ["device", "gpu"]),
         ("threat", {"norm": "linf"}, ["threat.radius: this key is needed"]),
@@ -66,6 +75,81 @@ def test_mistakes_name_their_path_and_the_mend(path: str, value: Any, expected: 
     assert "\n" not in message
     for words in expected:
         assert words in message
+
+
+CELL = "evaluate.suites.extended.attacks.mine"
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ({"attack": "pgd", "threat": {"norm": "linf", "radius": 0}}, "mine.threat.radius: .* greater than 0"),
+        ({"attack": "rays", "threat": {"norm": "l2", "radius": 2}}, f"{CELL}: attack rays works in linf, not in l2"),
+        ({"attack": "exp_am", "threat": {"norm": "l2", "radius": 2}}, f"{CELL}: attack exp_am works in linf, not"),
+        ({"attack": "cw_l2", "search": "bf16"}, f"{CELL}: search: bf16 cannot .* as cw_l2 has a budget of its own"),
+        ({"attack": "stadv", "search": "bf16"}, f"{CELL}: search: bf16 cannot .* as stadv has a budget of its own"),
+        (
+            {"attack": "spsa", "options": {"samples": 3}},
+            f"{CELL}: SPSA looks at pairs: samples must be even, and is 3",
+        ),
+        (
+            {"attack": "pgd", "options": {"step_size": 0.01, "relative_step": 0.1}},
+            f"{CELL}: PGD: give step_size or relative_step, not both",
+        ),
+        (
+            {"attack": "gap", "target": 0},
+            f"{CELL}: target: gap is one pass of a fitted generator, and cannot be aimed",
+        ),
+        ({"attack": "advgan", "target": 0}, "target: advgan is one pass"),
+    ],
+)
+def test_what_an_attack_would_refuse_is_refused_before_anything_is_trained(cell: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        check_params(put(CELL, cell))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        {"attack": "pgd", "search": "bf16", "target": 0}, {"attack": "rays"}, {"attack": "exp_am"},
+        {"attack": "autoattack", "search": "bf16", "threat": {"norm": "l2", "radius": 2}},
+        {"attack": "l2l_da", "target": 0}, {"attack": "cw_l2", "threat": {"norm": "l2", "radius": 2}},
+    ],
+)  # fmt: skip
+def test_what_an_attack_can_do_is_not_refused(cell: dict[str, Any]) -> None:
+    check_params(put(f"evaluate.suites.extended.attacks.{cell['attack']}", cell))
+
+
+def test_everything_that_is_measured_has_its_norm() -> None:
+    content = put("threat", {"norm": "l2", "radius": 2})
+    with pytest.raises(UserError, match=r"evaluate.suites.strong.attacks.rays: attack rays works in linf, not in l2"):
+        check_params(content)
+    content = put("evaluate.sweep.attack", "cw_adam")
+    content["evaluate"]["sweep"]["options"] = {}
+    content["threat"] = {"norm": "l2", "radius": 2}
+    content["evaluate"]["suites"] = {"core": {"attacks": {"fgsm": {"attack": "fgsm"}}}}
+    content["evaluate"]["procedures"] = None
+    with pytest.raises(UserError, match=r"evaluate.sweep: attack cw_adam works in linf, not in l2"):
+        check_params(content)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k in registry.TABLES for n in registry.names(k)])
+def test_what_a_class_says_of_its_fields_can_be_asked_without_importing_it(kind: str, name: str) -> None:
+    """Its `__post_init__` uses nothing but its fields; one that needs an import would raise NameError here."""
+    with contextlib.suppress(ValidationError):  # a field that has no default
+        registry.check(kind, name, {})
+
+
+def test_the_rules_are_those_of_the_class() -> None:
+    for options in ({"window": 4}, {"growth": 0.5}):
+        with pytest.raises(UserError) as own:
+            registry.resolve("attack", "pixel_mass_wasserstein")(**options)
+        with pytest.raises(ValueError) as read:
+            registry.check("attack", "pixel_mass_wasserstein", options)
+        assert str(read.value) == str(own.value)
+    with pytest.raises(ValueError, match="the fractions must ascend"):  # a rule of a base class
+        registry.check("defense", "at_pgd", {"plan": [[0.8, 7], [0.3, 5]]})
 
 
 def test_a_row_under_pretrain_and_defenses_is_refused() -> None:

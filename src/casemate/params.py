@@ -18,7 +18,7 @@ from casemate.errors import UserError, near
 from casemate.evaluation.detection_schema import DetectParams
 from casemate.evaluation.schema import EvaluateParams
 from casemate.evaluation.study_schema import StudyParams
-from casemate.fields import Count, Flag, Natural, Positive, Radius, Seed, Text, Unit
+from casemate.fields import Count, Flag, Natural, Positive, Seed, Text, Unit
 from casemate.training.recipe import Recipe
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
@@ -30,7 +30,7 @@ class Section(BaseModel):
 
 class Threat(Section):
     norm: Literal["linf", "l2"]
-    radius: Radius
+    radius: Positive
 
 
 class Network(Section):
@@ -198,6 +198,26 @@ class Params(Section):
             for row in rows:
                 if row not in self.rows:
                     raise ValueError(f"{where}: {_no_row(row, self.rows, 'pretrain, defenses or tuned')}")
+        return self
+
+    @model_validator(mode="after")
+    def _norms(self) -> Params:
+        """Every attack works in the norm that it is given, which would else be noticed after training."""
+        cells: dict[str, Any] = {
+            f"evaluate.suites.{suite}.attacks.{name}": cell
+            for suite, content in self.evaluate.suites.items() for name, cell in content.attacks.items()
+        } | {
+            f"detect.{row}.attacks.{name}": cell
+            for row, found in self.detect.items() for name, cell in found.attacks.items()
+        }  # fmt: skip
+        if self.evaluate.sweep is not None:
+            cells["evaluate.sweep"] = self.evaluate.sweep
+        for where, cell in cells.items():
+            own = getattr(cell, "threat", None)
+            try:
+                cell.check_norm((own or self.threat).norm)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
         return self
 
     @model_validator(mode="after")

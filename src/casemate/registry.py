@@ -9,6 +9,7 @@ import ast
 import functools
 import hashlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,13 +200,66 @@ def check(kind: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:  # pydantic adds the path to a ValueError only
         raise ValueError(str(error)) from None
     try:
-        return model(**options).model_dump()
+        found = model(**options).model_dump()
     except ValidationError as error:
         details = [
             InitErrorDetails(type=e["type"], loc=("options", *e["loc"]), input=e["input"], ctx=e.get("ctx", {}))
             for e in error.errors()
         ]
         raise ValidationError.from_exception_data(error.title, details) from None
+    try:
+        _own_rules(kind, name, found)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return found
+
+
+def _own_rules(kind: str, name: str, options: dict[str, Any]) -> None:
+    """What the class itself says of fields that do not go together: its `__post_init__`, run from its source on the
+    fields alone. Such a method may use its fields and `UserError`, and nothing that its module imports."""
+    module, attribute = location(kind, name)
+    for _, found in _lineage(module, attribute):
+        rules = next((n for n in found.body if isinstance(n, ast.FunctionDef) and n.name == "__post_init__"), None)
+        if rules is not None:
+            known: dict[str, Any] = {"UserError": UserError}
+            exec(compile(ast.Module([rules], []), f"<{module}>", "exec"), known)
+            made = type(attribute, (), {})()
+            vars(made).update(options)
+            known["__post_init__"](made)
+            return
+
+
+def declared(kind: str, name: str, attribute: str) -> Any:
+    """The literal that a registered class, or the nearest of its bases, gives a class variable; a frozenset of
+    literals too. None where nobody does."""
+    for _, found in _lineage(*location(kind, name)):
+        for node in found.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == attribute:
+                value = node.value
+                inner = value.args[0] if isinstance(value, ast.Call) else value
+                return None if inner is None else ast.literal_eval(inner)
+    return None
+
+
+def method(kind: str, name: str, called: str) -> tuple[str, ast.FunctionDef] | None:
+    """(module, source) of a method that a registered class, or the nearest of its bases, defines."""
+    for module, found in _lineage(*location(kind, name)):
+        for node in found.body:
+            if isinstance(node, ast.FunctionDef) and node.name == called:
+                return module, node
+    return None
+
+
+def _lineage(module: str, attribute: str) -> Iterator[tuple[str, ast.ClassDef]]:
+    """A class and its bases in this package, each with its module, in Python's order where no base is shared."""
+    tree = _tree(module)
+    found = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == attribute), None)
+    if found is not None:
+        yield module, found
+        for base in found.bases:
+            origin = _origin(tree, module, base)
+            if origin is not None:
+                yield from _lineage(*origin)
 
 
 def _fields(module: str, attribute: str) -> dict[str, tuple[Any, Any]]:

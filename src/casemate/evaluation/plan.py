@@ -132,10 +132,12 @@ def plan_suites(
                 plan.skipped[name] = f"needs {', '.join(sorted(missing))}; this model offers {_offers(system)}"
                 continue
             where = ThreatModel(cell.threat.norm, cell.threat.radius) if cell.threat else threat
+            attack.accept(where)
             views = _views(system, cell, attack)
             plan.suites += [Planned(name, suite, cell.attack, attack, where, view, images) for view in views]
         for name, attack in (system.adaptive_attacks() if suite == home else {}).items():
             own = scaled(attack, budget)
+            own.accept(threat)
             plan.suites.append(Planned(name, suite, type(own).__name__, own, threat, "adaptive", images))
         if "gradient" not in system.offers and suite == next(iter(params.suites)):
             corners = RandomCorners()  # the least that can be asked of a model that only shows its answers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from casemate import registry
 from casemate.errors import near
-from casemate.fields import Count, Natural, Radius, Text, Unit
+from casemate.fields import Count, Natural, Positive, Radius, Text, Unit
 
 CellName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 View = Literal["adaptive", "static", "both"]
@@ -21,7 +22,7 @@ class Section(BaseModel):
 
 class ThreatParams(Section):
     norm: Literal["linf", "l2"]
-    radius: Radius
+    radius: Positive
 
 
 class AttackParams(Section):
@@ -35,7 +36,23 @@ class AttackParams(Section):
     @model_validator(mode="after")
     def _known(self) -> AttackParams:
         registry.check("attack", self.attack, self.options)
+        if self.search == "bf16" and self._own_budget:
+            raise ValueError(f"search: bf16 cannot be finished in the ball, as {self.attack} has a budget of its own")
         return self
+
+    @property
+    def _own_budget(self) -> bool:
+        """Whether the attack declares another budget than the threat model it is given."""
+        found = registry.method("attack", self.attack, "budget")
+        elsewhere = found is not None and found[0] != "casemate.attacks.base"
+        return elsewhere or registry.declared("attack", self.attack, "minimum_norm") is True
+
+    def check_norm(self, norm: str) -> None:
+        """Raises ValueError if the attack does not work in this norm."""
+        learned = self.attack in registry.TABLES["learned_attack"]
+        norms = registry.declared("learned_attack" if learned else "attack", self.attack, "norms")
+        if norms is not None and norm not in norms:
+            raise ValueError(f"attack {self.attack} works in {' and '.join(sorted(norms))}, not in {norm}")
 
 
 class CellParams(AttackParams):
@@ -47,7 +64,16 @@ class CellParams(AttackParams):
     """Another threat model than the profile's; its images count in the worst case only where that contains them."""
     target: Natural | None = None
     """Aim at a class: the number of a draw of one class for each label (`attacks.aimed`). By default away from the
-    label."""
+    label. Not for a generator that was fitted without a class to aim at."""
+
+    @model_validator(mode="after")
+    def _aimed(self) -> CellParams:
+        found = registry.method("attack", self.attack, "search") if self.target is not None else None
+        if found is not None and not any(isinstance(n, ast.Name) and n.id == "goal" for n in ast.walk(found[1])):
+            raise ValueError(
+                f"target: {self.attack} is one pass of a fitted generator, and cannot be aimed at a class"
+            )
+        return self
 
 
 class Suite(Section):
