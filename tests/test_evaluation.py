@@ -22,7 +22,7 @@ from casemate.attacks.gradient import FGSM, MIM, PGD
 from casemate.data import Loaded
 from casemate.data.base import Images
 from casemate.errors import UserError
-from casemate.evaluation.images import EvaluationSet
+from casemate.evaluation.images import EvaluationSet, evaluation_order
 from casemate.evaluation.ledger import Ledger, Shard
 from casemate.evaluation.plan import bind_source, blind, duration, not_evaluated, scaled
 from casemate.evaluation.schema import EvaluateParams
@@ -30,7 +30,7 @@ from casemate.evaluation.suite import About, Candidate, RowEvaluation, evaluate_
 from casemate.fields import spec
 from casemate.purification.imt_attacks import PublishedATLD
 from casemate.reporting.inputs import Evaluation
-from casemate.system import Purification, System, TorchSystem, View, identity_backward
+from casemate.system import Offer, Purification, System, TorchSystem, View, identity_backward
 from casemate.threat import Goal, ThreatModel
 
 ABOUT = About("smoke", "row", "standard", "digits", "digits_cnn", tuple("0123456789"), {"effective_epochs": 2.0})
@@ -384,6 +384,31 @@ def test_the_papers_protocol_is_told_apart_and_left_out_of_nothing(data: Evaluat
     assert adaptive["passed"] and "theirs" not in adaptive["detail"]
     assert entry["gate"]["static"] == "unreliable"
     json.dumps(entry, allow_nan=False)
+
+
+class Banded(Shift):
+    """Acts otherwise where the mean grey lies in a band, or would."""
+
+    spec: dict[str, Any] = {"band": [0.3, 0.32]}  # noqa: RUF012
+    offers: frozenset[Offer] = frozenset({"purification", "band"})
+
+    def score(self, x: Tensor) -> Tensor:
+        return x.flatten(1).mean(1)
+
+
+def test_a_purification_with_a_band_says_how_many_clean_images_are_in_it(data: EvaluationSet, tmp_path: Path) -> None:
+    suites = {"core": {"images": 60, "attacks": {"fgsm": {"attack": "fgsm"}}}}
+    made = TorchSystem(trained_network(), input_shape=(1, 8, 8), num_classes=10, purification=Banded())
+    entry = evaluate(tmp_path, data, [Candidate(made)], params(suites=suites)).report["systems"][0]
+    order = evaluation_order(120)[:60]
+    grey = data.images.images[order].mean((1, 2, 3)) / 255
+    inside = int(((grey > 0.3) & (grey < 0.32)).sum())
+    assert 0 < inside < 60 and entry["band"] == {
+        "low": 0.3, "high": 0.32, "inside": inside, "n": 60,
+        "lowest": pytest.approx(grey.min(), abs=1e-5), "highest": pytest.approx(grey.max(), abs=1e-5),
+    }  # fmt: skip
+    other = evaluate(tmp_path, data, [Candidate(purified())], params(suites=suites)).report["systems"][0]
+    assert "band" not in other
 
 
 def test_a_system_with_one_face_has_no_published_worst_case(data: EvaluationSet, tmp_path: Path) -> None:

@@ -237,6 +237,16 @@ def test_the_page_tells_what_is_known_of_each_system(page: str) -> None:
     assert "Scaled-down run" not in page
 
 
+def test_the_page_says_where_a_limited_form_never_acts(tmp_path: Path) -> None:
+    one = rows()[3]
+    for system_, inside in zip(one["systems"], (0, 5), strict=False):
+        system_["band"] = {"low": 0.3, "high": 0.7, "inside": inside, "n": 256, "lowest": 0.013, "highest": 0.275}
+    text = write_report(write_profile(tmp_path, [one]), tmp_path / "out").read_text()
+    assert "score of 0 of 256 clean images (0.0%) lies inside the band (0.3, 0.7)" in text
+    assert "score of 5 of 256 clean images (2.0%)" in text and "between 0.013 and 0.275" in text
+    assert text.count("the full form under another name") == 1
+
+
 def test_a_scaled_down_run_says_so(reports: Path) -> None:
     assert "cut to 0.1 of the full settings" in (reports / "quick/index.html").read_text()
 

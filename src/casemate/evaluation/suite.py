@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from casemate.attacks.learned import FittedAttack
 from casemate.evaluation import gate, robustness
+from casemate.evaluation.band import band_entry
 from casemate.evaluation.gallery import gallery
 from casemate.evaluation.gate import Finished
 from casemate.evaluation.images import EvaluationSet
@@ -212,6 +213,8 @@ class _Job:
             "worst": worst_cases(self.system, suites, self.runner.threat),
             "sweep": _sweep_entry(self.params.sweep, sweep), "gate": gate.not_run(),
         }  # fmt: skip
+        if (band := band_entry(self.system, self.runner, self.images)) is not None:
+            entry["band"] = band
         if self.not_evaluated:
             entry["not_evaluated"] = self.not_evaluated
             self.say(f"{self.name}: {self.not_evaluated}")

@@ -127,6 +127,18 @@ class Gate(Record):
     checks: tuple[Check, ...] = ()
 
 
+class Band(Record):
+    """Of a purification that treats inputs otherwise whose score lies strictly between `low` and `high`: how many of
+    `n` clean images that are, and between which scores all of them lie."""
+
+    low: float
+    high: float
+    inside: int
+    n: int
+    lowest: float
+    highest: float
+
+
 class Evaluated(Record):
     """One system: a row in one inference mode."""
 
@@ -140,6 +152,7 @@ class Evaluated(Record):
     worst: dict[str, Suite] = Field(default_factory=dict)
     sweep: Sweep | None = None
     gate: Gate = Gate()
+    band: Band | None = None
 
     def worst_case(self, suite: str, face: Literal["adaptive", "static", "published"]) -> Worst | None:
         """The worst case of `suite` ("core", "extended" or "all") as one face shows it, if it was evaluated."""
