@@ -196,7 +196,7 @@ def test_static_attacks_are_no_better_for_being_many() -> None:
     suites.append(Finished(planned("small", view="static"), cell([1] * 3, [0] * 3)))
     (check,) = gate.static_above_adaptive(Purified(), suites)
     assert not check.passed and check.concerns == "static"
-    assert check.detail.startswith("cw: static 68.0 % left, adaptive 1.0 % of 100 images")
+    assert check.detail.startswith("pgd: static 66.0 % left, adaptive 1.0 % of 100 images")
     assert "an illusion in 3 of 4 attacks" in check.detail
     (check,) = gate.static_above_adaptive(Purified(), suites[-2:])
     assert check.passed and "no illusion in any of 1 attacks" in check.detail

@@ -192,7 +192,7 @@ def static_above_adaptive(system: System, suites: Sequence[Finished]) -> list[Ch
 
     Asked of each attack by itself, on the images that its two faces have finished and under its own budget: a paper
     reports one attack, and the union of many blind ones fells what every single one of them leaves. One that fails
-    is enough; the one that flatters most is shown.
+    is enough; the one that leaves least to chance is shown.
     """
     faces = {(_attack_of(f), f.planned.view): f.cell for f in suites}
     pairs = []
@@ -207,16 +207,16 @@ def static_above_adaptive(system: System, suites: Sequence[Finished]) -> list[Ch
         stronger, p = _beats(aware, blind)
         gap = (int(aware.rows["success"].sum()) - int(blind.rows["success"].sum())) / len(images)
         detail = f"{name[1]}: static {_left(blind)} left, adaptive {_left(aware)} of {len(images):,} images"
-        pairs.append((stronger and gap > FAR, gap, p, detail))
+        pairs.append((stronger and gap > FAR, -p, gap, detail))
     if not pairs:
         return []
-    failed, _, p, detail = max(pairs)
+    failed, p, _, detail = max(pairs)
     illusions = sum(pair[0] for pair in pairs)
     said = (
-        f"an illusion in {illusions} of {len(pairs)} attacks, none of whose static figures is to be used"
-        if failed else f"no illusion in any of {len(pairs)} attacks"
+        f"the static protocol is an illusion in {illusions} of {len(pairs)} attacks, and its figures are not to be "
+        "used" if failed else f"no illusion in any of {len(pairs)} attacks"
     )  # fmt: skip
-    return [Check("static not far above adaptive", not failed, f"{detail}; {said}", p, "static")]
+    return [Check("static not far above adaptive", not failed, f"{detail}; {said}", -p, "static")]
 
 
 def above_clean(suites: Sequence[Finished]) -> list[Check]:
