@@ -354,6 +354,20 @@ def test_the_suite_of_a_systems_own_attacks_may_be_named(data: EvaluationSet, tm
     assert {c["suite"] for c in entry["cells"] if c["attack"] == "own"} == {"core"}
 
 
+def test_a_procedure_that_does_not_know_the_norm_stops_the_row_before_anything_runs(
+    data: EvaluationSet, tmp_path: Path
+) -> None:
+    class Stubborn(Armed):
+        def adaptive_attacks(self) -> dict[str, Any]:
+            return {"theirs": PublishedATLD()}  # works in linf
+
+    made = Stubborn(trained_network(), input_shape=(1, 8, 8), num_classes=10, purification=Shift())
+    ledger = Ledger(tmp_path, 40)
+    with pytest.raises(UserError, match="PublishedATLD works in linf, not in l2"):
+        evaluate_row(ABOUT, [Candidate(made)], data, ThreatModel("l2", 1.0), params(), ledger, say=lambda _: None)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
 def test_the_budget_scales_a_systems_own_attacks_and_not_a_papers() -> None:
     assert scaled(MIM(steps=8), 0.25) == MIM(steps=2) and scaled(MIM(steps=8), 0.01) == MIM(steps=1)
     assert scaled(FGSM(), 0.25) == FGSM() and scaled(Weak(), 0.25) == Weak()

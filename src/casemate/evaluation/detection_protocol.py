@@ -28,6 +28,7 @@ from casemate.detectors.fitting import (
     scores_of,
 )
 from casemate.errors import UserError
+from casemate.evaluation.answers import all_finite
 from casemate.evaluation.detection import Judged, figures, mean_and_deviation
 from casemate.networks.base import Classifier
 from casemate.seeding import derive, generator
@@ -170,7 +171,8 @@ def crafted(
         if progress is not None:
             progress(first, len(x))
         rows = slice(first, first + CHUNK)
-        found = attack(system, x[rows], untargeted(y[rows]), threat, derive(seed, first)).x_adv
+        with all_finite(system, f"images that {type(attack).__name__} tried"):
+            found = attack(system, x[rows], untargeted(y[rows]), threat, derive(seed, first)).x_adv
         parts.append(threat.project(found, x[rows]))
     return torch.cat(parts)
 
