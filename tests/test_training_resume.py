@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import registry_toys
 import torch
 from training_toys import Noisy, Plain, batch_norm_net, data, recipe, run, same, weights
 
+from casemate import registry
 from casemate.errors import UserError
 from casemate.fields import spec
 from casemate.trainable import Context
@@ -232,3 +234,21 @@ def test_the_epoch_a_method_kept_is_part_of_a_checkpoint(tmp_path: Path) -> None
     resumed = run(Marking(), recipe(epochs=5), checkpoints=tmp_path)
     assert (resumed.steps, resumed.chosen_epoch) == (12, 1)
     assert same(weights(resumed), weights(run(Plain(), recipe(epochs=1))))
+
+
+@pytest.mark.parametrize("name", [name for name in registry.names("defense") if name != "given"])
+def test_every_defense_goes_on_from_the_middle_of_a_step_with_the_bits_of_an_unbroken_run(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Broken off after the first update of its fifth step, then resumed: all modules and curves are the same."""
+    method, made = registry_toys.toy(name), recipe(epochs=3, batch_size=8, momentum=0.9, schedule="cosine")
+    straight = registry_toys.run(method, made)
+    mortal = registry_toys.mortal(method, 4)
+    with pytest.raises(registry_toys.Died), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("casemate.training.loop.SAVE_SECONDS", 0.0)
+        registry_toys.run(mortal, made, checkpoints=tmp_path)
+    resumed = registry_toys.run(mortal, made, checkpoints=tmp_path)
+    assert "resumed after step" in capsys.readouterr().err
+    assert resumed.modules.keys() == straight.modules.keys()
+    assert all(same(weights(resumed, part), weights(straight, part)) for part in straight.modules)
+    assert resumed.curves == straight.curves and resumed.steps == straight.steps
