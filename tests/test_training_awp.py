@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import registry_toys
 import torch
 import torch.nn.functional as F
 from stepping import Probe, linear_network
 from torch import Tensor, nn
 from training_toys import Plain, batch_norm_net, data, linear, recipe, run, same, weights
 
+from casemate import registry
 from casemate.data.base import Images
 from casemate.data.device import DeviceData
 from casemate.defenses.at_pgd import ATPGD
+from casemate.defenses.base import Defense
+from casemate.defenses.er import ER
 from casemate.defenses.free import Free
 from casemate.defenses.trades import TRADES
-from casemate.fields import spec
+from casemate.errors import UserError
 from casemate.threat import ThreatModel
 from casemate.trainable import Context, Player, Task, Trainable, Update
 from casemate.training.awp import WeightPerturbation
@@ -131,7 +134,7 @@ def test_running_statistics_are_taken_once_and_where_the_recipe_says(statistics:
     assert trained.modules["classifier"][1].track_running_stats  # type: ignore[index]
 
 
-def test_only_the_first_player_is_perturbed() -> None:
+def test_only_the_module_of_the_first_player_is_perturbed() -> None:
     seen: list[Tensor] = []
 
     class Two(Trainable):
@@ -163,33 +166,66 @@ def test_zero_is_off_and_gamma_counts() -> None:
     assert not same(plain, one) and not same(one, other)
 
 
+LEARNERS = [name for name in registry.names("defense") if name != "given"]  # which makes no step
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_it_composes_with_any_method(name: str) -> None:
+    method, made = registry_toys.toy(name), {"batch_size": 8, "momentum": 0.9}
+    plain, perturbed = (registry_toys.run(method, recipe(awp=gamma, **made)) for gamma in (0.0, 0.05))
+    assert not same(weights(plain), weights(perturbed))
+    assert all(tensor.isfinite().all() for tensor in weights(perturbed).values())
+
+
+@pytest.mark.parametrize("name", ["e_cla", "er", "er_trades"])
+def test_a_head_with_a_player_of_its_own_is_perturbed_with_its_encoder(name: str) -> None:
+    """Seen where the losses pass through it: at w, then at w + v with |v| = gamma |w| in every layer."""
+    seen: dict[str, list[Tensor]] = {"conv": [], "head": []}
+
+    def network() -> nn.Module:
+        net = registry_toys.network()
+        parts = {"conv": net.body, "head": net.head}
+        for key, part in parts.items():
+            layer = next(m for m in part.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+
+            def see(layer: Any, *_: Any, key: str = key) -> None:
+                if layer.training and layer.weight.requires_grad:
+                    seen[key].append(layer.weight.detach().clone())
+
+            layer.register_forward_hook(see)
+        return net
+
+    made = recipe(awp=0.1, batch_size=24)
+    task = Task(registry_toys.SHAPE, registry_toys.CLASSES, ThreatModel("linf", 0.1), network, made.player)
+    registry_toys.run(registry_toys.toy(name), made, task=task)
+    for found in seen.values():
+        at_rest, moved = found[0], found[-1]
+        assert float((moved - at_rest).norm() / at_rest.norm()) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_the_critic_of_codes_moves_no_running_statistics() -> None:
+    """The codes that D learns from are made aside: one pass of each batch is counted, that of the moved weights."""
+    trained = registry_toys.run(registry_toys.toy("er"), recipe(awp=0.01, batch_size=8))
+    found = {int(value) for key, value in weights(trained).items() if key.endswith("num_batches_tracked")}
+    assert found == {2 * 3}, "three steps, each on clean and on adversarial images"
+
+
+def test_a_graph_that_outlives_its_weights_is_explained() -> None:
+    method = ER(steps=1, rule="compat_official", critic_width=2)
+    with pytest.raises(UserError, match="keeps a graph from one update to the next: set awp: 0"):
+        registry_toys.run(method, recipe(awp=0.01, batch_size=8))
+
+
 @pytest.mark.parametrize("method", [ATPGD(steps=2), TRADES(steps=2), Free(replays=2)])
-def test_it_composes_with_any_method_and_resumes_bit_for_bit(method: Trainable, tmp_path: Path) -> None:
-    class Died(Exception):
-        pass
-
-    dead = [True]
-    kind = type(method)
-
-    @spec
-    class Mortal(kind):  # type: ignore[misc, valid-type]
-        def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
-            if dead[0] and ctx.step == 10:
-                raise Died
-            yield from kind.step(self, ctx, x, y)
-
-    mortal = Mortal(**asdict(method))  # type: ignore[call-overload]
+def test_it_resumes_bit_for_bit(method: Defense, tmp_path: Path) -> None:
+    mortal = registry_toys.mortal(method, 10)
     made = recipe(epochs=4, awp=0.02, awp_warmup=0.3, momentum=0.9, ema=0.5)
-    with pytest.raises(Died), pytest.MonkeyPatch.context() as patch:
+    with pytest.raises(registry_toys.Died), pytest.MonkeyPatch.context() as patch:
         patch.setattr("casemate.training.loop.SAVE_SECONDS", 0.0)
         run(mortal, made, network=batch_norm_net, checkpoints=tmp_path)
-    dead[0] = False
     resumed = run(mortal, made, network=batch_norm_net, checkpoints=tmp_path)
     straight = run(method, made, network=batch_norm_net)
     assert same(weights(resumed), weights(straight)) and resumed.curves == straight.curves
-    assert not same(
-        weights(straight), weights(run(method, recipe(epochs=4, momentum=0.9, ema=0.5), network=batch_norm_net))
-    )
 
 
 def test_what_is_crafted_is_crafted_at_the_weights_themselves() -> None:

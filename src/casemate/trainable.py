@@ -152,6 +152,9 @@ class Context:
     where the recipe selects it); the loop takes the mark back for the next epoch."""
     note: Callable[[str], None] = _to_nobody
     """Say one line to whoever watches the run."""
+    perturbed: bool = False
+    """The recipe's `awp` is at work: a loss of the classifier's is evaluated twice, at other weights than the step
+    began with, so it must make its graph itself, and not take one from an earlier update."""
     victim: nn.Module | None = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     """`with ctx.autocast():` is for crafting in the precision of the run; the loop does it for `Update.loss`."""

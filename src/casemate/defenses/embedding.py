@@ -78,18 +78,27 @@ class MatchedPrior(EncoderAndHead):
         """D on the codes of all `images`, then Q and C on entropy(codes) + regulariser x mean D(codes).
 
         Each batch of images goes through Q once, apart from the others: D's update makes the codes, and their graph
-        is kept for the update of Q and C, which follows before Q has changed.
+        is kept for the update of Q and C, which follows before Q has changed. With perturbed weights that graph would
+        be of no use: then D's codes are made aside, and Q and C make theirs.
         """
         classifier, critic = cast(Classifier, ctx.modules["classifier"]), ctx.modules["critic"]
         require_batch(classifier, images[0])
         prior = normal(ctx, sum(map(len, images)), ctx.modules["critic"])
-        codes: list[Tensor] = []
+        kept: list[Tensor] = []
+
+        def encoded() -> list[Tensor]:
+            return [classifier.features(batch).float() for batch in images]
 
         def critic_loss() -> Tensor:
-            codes.extend(classifier.features(batch).float() for batch in images)
-            return apart(ctx, critic, prior, torch.cat(codes).detach())
+            if not ctx.perturbed:
+                kept.extend(encoded())
+                return apart(ctx, critic, prior, torch.cat(kept).detach())
+            with torch.no_grad(), crafting(classifier, bn="train"):
+                codes = torch.cat(encoded())
+            return apart(ctx, critic, prior, codes)
 
         def joint_loss() -> Tensor:
+            codes = kept or encoded()
             named, aligned = entropy(codes), critic(torch.cat(codes)).float().mean()
             ctx.log(entropy=named, aligned=aligned)
             total: Tensor = named + self.regulariser * aligned

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from casemate.errors import UserError
 from casemate.training.recipe import Recipe
 
 TINY = 1e-20
+STALE = ("backward through the graph a second time", "modified by an inplace operation")
+"""What autograd says of a graph that was made at other weights."""
 
 
 class WeightPerturbation:
@@ -30,6 +33,13 @@ class WeightPerturbation:
         self.gamma, self.warmup, self.statistics = recipe.awp, recipe.awp_warmup, recipe.awp_statistics
         parts = [part for module in modules.values() for part in module.modules()]
         self._norms = [part for part in parts if isinstance(part, _BatchNorm) and part.track_running_stats]
+        self._modules = list(modules.values())
+
+    def beside(self, parameters: Sequence[nn.Parameter]) -> frozenset[int]:
+        """The ids of all parameters of the modules that hold one of `parameters`: what is perturbed with them."""
+        wanted = {id(p) for p in parameters}
+        owned = [frozenset(map(id, module.parameters())) for module in self._modules]
+        return frozenset(wanted).union(*(ids for ids in owned if ids & wanted))
 
     @contextmanager
     def around(
@@ -38,19 +48,19 @@ class WeightPerturbation:
         """While open, `parameters` are where `loss` is worst; nothing happens before the warm-up is over.
 
         A step that is taken inside is kept: what is subtracted on leaving is v. `loss` is evaluated once here, so it
-        must build its graph itself and not find one made before.
+        must build its graph itself and not find one made before: else UserError.
         """
         layers: list[Tensor] = [p for p in parameters if p.dim() > 1]
         if fraction < self.warmup or not layers:
             yield
             return
-        with self._fixed_statistics(self.statistics == "moved"):
+        with _explained(), self._fixed_statistics(self.statistics == "moved"):
             slopes = torch.autograd.grad(loss(), layers, allow_unused=True)
         moves = self._moves(layers, slopes)
         with torch.no_grad():
             torch._foreach_add_(layers, moves)
         try:
-            with self._fixed_statistics(self.statistics == "own"):
+            with _explained(), self._fixed_statistics(self.statistics == "own"):
                 yield
         finally:
             with torch.no_grad():
@@ -76,3 +86,17 @@ class WeightPerturbation:
         finally:
             for norm, before in zip(self._norms, tracking, strict=True):
                 norm.track_running_stats = before
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """A graph that outlived its weights is the method's way to save a forward pass, and the user's choice to mend."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in STALE):
+            raise
+        raise UserError(
+            "awp evaluates each loss twice, and this method with these options keeps a graph from one update to the "
+            "next: set awp: 0, or an option that does not"
+        ) from error

@@ -248,6 +248,7 @@ class _Run:
             for module in self.modules.values():
                 module.train()
         self.updates.begin((self.step + 0.5) / self.steps)  # the middle: no first step at a rate of 0
+        context.perturbed = self.updates.perturbing
         self.advance(x, y)
         self.step += 1
         self.logs.add(context.logs)

@@ -50,8 +50,9 @@ class Recipe:
     ema: Unit = 0.0
     """Decay of the moving average of the weights, which then are the result; 0 is off."""
     awp: NonNegative = 0.0
-    """Adversarial weight perturbation of the first player: the share of its norm by which each weight is moved while
-    the gradient is taken (gamma: 0.01 with at_pgd, 0.005 with trades); 0 is off. See `casemate.training.awp`."""
+    """Adversarial weight perturbation of the first player's module: the share of its norm by which each weight is
+    moved while the gradient is taken (gamma: 0.01 with at_pgd, 0.005 with trades); 0 is off. See
+    `casemate.training.awp`."""
     awp_warmup: Unit = 0.0
     """Share of the budget before it begins."""
     awp_statistics: Literal["moved", "own"] = "moved"

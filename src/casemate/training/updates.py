@@ -31,6 +31,8 @@ class Updates:
     ) -> None:  # fmt: skip
         self.players, self.device, self.perturbation = dict(players), device, perturbation
         self.primary = next(iter(self.players))
+        own = self.players[self.primary].parameters
+        self._perturbable = frozenset[int]() if perturbation is None else perturbation.beside(own)
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.fraction = 0.0
@@ -55,7 +57,7 @@ class Updates:
 
     @property
     def perturbing(self) -> bool:
-        """Whether the next update of the primary player is taken at perturbed weights."""
+        """Whether the next update of the primary player's module is taken at perturbed weights."""
         return self.perturbation is not None and self.fraction >= self.perturbation.warmup
 
     def capturable(self) -> None:
@@ -106,11 +108,12 @@ class Updates:
         return loss
 
     def _perturbed(self, update: Update) -> AbstractContextManager[None]:
-        """The primary player's weights where the recipe wants its gradients."""
-        if self.perturbation is None or self.primary not in update.players:
+        """The moved weights of the primary player's module, its other players' included, where the recipe wants their
+        gradients: an encoder and its head are one classifier."""
+        if self.perturbation is None:
             return nullcontext()
-        parameters = self.players[self.primary].parameters
-        return self.perturbation.around(lambda: self._loss(update), parameters, self.fraction)
+        moved = [p for name in update.players for p in self.players[name].parameters if id(p) in self._perturbable]
+        return self.perturbation.around(lambda: self._loss(update), moved, self.fraction)
 
     def check(self) -> float | None:
         """Wait for the device; the primary player's mean loss since the last check. Raises NotFinite."""
