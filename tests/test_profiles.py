@@ -11,8 +11,10 @@ import torch
 from casemate.data import build_dataset
 from casemate.errors import UserError
 from casemate.networks.base import Normalise, build_network
-from casemate.params import load_params
-from casemate.registry import resolve
+from casemate.params import Network, load_params
+from casemate.registry import names, resolve
+from casemate.threat import ThreatModel
+from casemate.trainable import Task
 from pipeline import profile
 
 PROFILES = sorted(p.stem for p in profile.PROFILES.glob("*.yaml"))
@@ -40,7 +42,7 @@ def test_a_written_profile_is_read_back_and_its_network_takes_its_images(name: s
 
 def row(name: str, which: str) -> dict[str, Any]:
     content = profile.resolved(name)
-    found: dict[str, Any] = {**content["pretrain"], **content["defenses"]}[which]
+    found: dict[str, Any] = {**content["pretrain"], **content["defenses"], **content["tuned"]}[which]
     return found
 
 
@@ -76,6 +78,94 @@ def test_the_short_cifar10_profile_differs_in_network_and_length_only() -> None:
     assert all(
         short["defenses"][r]["recipe"]["epochs"] < long["defenses"][r]["recipe"]["epochs"] for r in long["defenses"]
     )
+
+
+PUBLISHED_STEPS = {"free": 80_000, "tla": 80_000, "lat": 1_000, "l2l_star": 100_000, "l2l_da": 100_000}
+PUBLISHED_SIZES = {
+    ("adt_exp_am", "generator"): 10_330_880, ("adt_imp_am", "generator"): 10_606_080,
+    ("adt_imp_am", "encoder"): 724_384, ("l2l", "generator"): 1_747_851, ("l2l_da", "generator"): 500_944,
+    ("er", "critic"): 797_185, ("er", "classifier"): 20_032_592 + 11_008 + 539_146,
+    ("trades", "classifier"): 11_172_170,
+}  # fmt: skip
+"""Parameters; the 11,008 are those of the encoder's batch norms."""
+
+
+def test_every_defense_is_on_cifar10_as_published() -> None:
+    """All but two are there; lengths are those of the papers, and every row builds its networks at their sizes."""
+    from casemate.params import check_params
+
+    params = check_params(profile.resolved("cifar10_all"))
+    assert {row.method for row in params.rows.values()} == set(names("defense")) - {"given", "defense_gan"}
+    assert set(params.evaluate.models) == set(params.rows) and params.validation == 1000
+    for name, steps in PUBLISHED_STEPS.items():
+        recipe = params.rows[name].recipe
+        assert recipe.epochs * 49_000 / recipe.batch_size == pytest.approx(steps, rel=1e-3)
+    sizes: dict[tuple[str, str], int] = {}
+    for name, made in params.rows.items():
+        network = made.network or params.network
+
+        def build(network: Network = network) -> torch.nn.Module:
+            return build_network(network.name, input_shape=(3, 32, 32), num_classes=10, **network.options)
+
+        task = Task((3, 32, 32), 10, ThreatModel("linf", 8 / 255), build, made.recipe.player)
+        with torch.device("meta"):
+            modules = resolve("defense", made.method)(**made.options).modules(task)
+        sizes |= {(name, part): sum(p.numel() for p in module.parameters()) for part, module in modules.items()}
+    assert {which: sizes[which] for which in PUBLISHED_SIZES} == PUBLISHED_SIZES
+
+
+@pytest.mark.parametrize(
+    ("which", "epochs"),
+    [
+        ("at_pgd", [100, 150]), ("at_awp", [100, 150]), ("trades_awp", [100, 150]), ("trades", [74]),
+        ("adt_exp", [74]),
+        ("feature_scattering", [60, 90]), ("bilateral", [100, 150]), ("l2l", [30, 60]), ("atld", [60, 90]),
+        ("rse", [80, 140, 180]), ("mart", [75, 90, 100]),
+    ],
+)  # fmt: skip
+def test_the_rate_of_every_published_schedule_falls_when_it_should(which: str, epochs: list[float]) -> None:
+    assert drops("cifar10_all", which) == epochs
+
+
+def test_weight_perturbation_averaging_and_stopping_are_rows_of_their_own() -> None:
+    at_pgd = row("cifar10_all", "at_pgd")
+    changed = {"at_awp": {"awp": 0.01}, "at_ema": {"ema": 0.999}, "at_early": {"select": "best", "validate_every": 1}}
+    for name, change in changed.items():
+        assert row("cifar10_all", name) == {**at_pgd, "recipe": {**at_pgd["recipe"], **change}}
+    assert row("cifar10_all", "trades_awp")["recipe"]["awp"] == 0.005
+
+
+STUDIED: dict[str, dict[str, Any]] = {
+    "l2l_da": {"width": 64, "steps": 10, "step_factor": 0.25, "gradient_norm": "channel"},
+    "l2l": {"network": "wide", "width": 64},
+    "adt_exp": {"steps": 7, "samples": 5},
+    **{
+        f"adt_{form}_am": {"width": 256, "gradient_input": "batch64", "generator_lr": 2e-4} for form in ("exp", "imp")
+    },
+    **{name: {"head_lr_scale": 0.05} for name in ("er", "er_minus", "er_trades", "e_cla", "vae_cla")},
+    "tla": {"dictionary": 1, "steps": 40},
+    "lat": {"latent_steps": 20, "latent_step": 0.125},
+    "defense_gan": {"width": 64, "latent": 128, "steps": 200, "restarts": 10},
+}
+"""Published options that mnist_all makes smaller."""
+
+
+@pytest.mark.parametrize("which", STUDIED)
+def test_the_study_has_the_published_options(which: str) -> None:
+    options = row("mnist_study", which)["options"]
+    assert {key: options[key] for key in STUDIED[which]} == STUDIED[which]
+
+
+def test_the_study_adds_the_other_loss_and_evaluates_every_row() -> None:
+    from casemate.params import check_params
+
+    params = check_params(profile.resolved("mnist_study"))
+    assert set(params.evaluate.models) == set(params.rows)
+    assert params.rows["at_awp"].recipe.awp == 0.01
+    for form in ("exp", "imp"):
+        one, other = (params.rows[f"adt_{form}_am{loss}"] for loss in ("", "_trades"))
+        assert other.options == {**one.options, "loss": "trades", "beta": 1.0} and other.method == one.method
+        assert other.recipe == one.recipe
 
 
 def test_the_ten_classes_are_trained_as_published() -> None:
