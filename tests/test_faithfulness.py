@@ -8,7 +8,7 @@ import yaml
 from project import ROOT
 
 from casemate.registry import names
-from casemate.reporting.faithfulness import page, published
+from casemate.reporting.faithfulness import Published, _row, page, published
 
 PAGE = ROOT / "docs" / "faithfulness.md"
 
@@ -53,3 +53,19 @@ def test_rates_are_rates():
     for methods in raw.values():
         for about in methods.values():
             assert all(0 <= row[5] <= 100 and (row[4] is None or 0 <= row[4] <= 100) for row in about["published"])
+
+
+def test_a_figure_that_nobody_looked_up_says_so_on_the_page(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    marked = [p for about in published()["defenses"].values() for p in about.published if p.unverified]
+    shown = page(ROOT / "reports")
+    assert marked and len(marked) == shown.count("*(unverified)* |")
+    assert all(f"| {p.where} *(unverified)* | {p.data} |" in shown for p in marked)
+
+
+def test_a_mark_that_is_none_is_refused():
+    good = ["here", "mnist", "-", "linf 0.3", 99.0, 90.0, "PGD"]
+    assert not _row(good)["unverified"] and _row([*good, "unverified"])["unverified"]
+    for bad in (good[:-1], [*good, "sure"], [*good, "unverified", "unverified"]):
+        with pytest.raises(ValueError):
+            Published.model_validate(_row(bad))

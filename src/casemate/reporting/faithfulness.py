@@ -22,8 +22,11 @@ Published figures were made on other networks, by longer trainings and mostly un
 beside each other to be read, not to be compared digit by digit. Ours are adaptive worst cases per image, each with
 its number of images: **core** first, then every attack that ran. Scaled-down runs are marked. Where a method is in no
 committed report, what is said to differ are the settings of its row in the profile `mnist_all`.
+
+A figure marked *unverified* is repeated from general knowledge and was not checked against its source.
 """
 ROW = "| {} | {} | {} | {} | {} | {} | {} |"
+UNVERIFIED = "unverified"
 UNKNOWN = "No published figure of it is recorded here."
 COLUMNS = ("from", "data", "network", "threat model", "clean", "robust", "protocol")
 
@@ -40,6 +43,8 @@ class Published(BaseModel):
     clean: float | None
     robust: float
     protocol: str
+    unverified: bool = False
+    """Repeated from general knowledge: nobody has looked it up for this page."""
 
 
 class Method(BaseModel):
@@ -72,9 +77,16 @@ def published() -> dict[str, dict[str, Method]]:
 def _method(about: dict[str, object]) -> Method:
     figures = about.pop("published")
     assert isinstance(figures, list)
-    return Method.model_validate(
-        {**about, "published": [dict(zip(Published.model_fields, row, strict=True)) for row in figures]}
-    )
+    return Method.model_validate({**about, "published": [_row(row) for row in figures]})
+
+
+def _row(row: list[object]) -> dict[str, object]:
+    """The fields in their order, and the word `unverified` or nothing after them."""
+    *fields, _ = Published.model_fields
+    marks = row[len(fields) :]
+    if marks not in ([], [UNVERIFIED]):
+        raise ValueError(f"published.yaml: after the {len(fields)} fields of a figure may stand {UNVERIFIED}: {row}")
+    return {**dict(zip(fields, row, strict=False)), "unverified": bool(marks)}
 
 
 def page(reports: Path) -> str:
@@ -106,9 +118,12 @@ def _defense(name: str, method: Method, ours: Sequence[Ours]) -> list[str]:
 
 def _section(name: str, method: Method, ours: list[str]) -> list[str]:
     theirs = [
-        ROW.format(p.where, p.data, p.network, p.threat, _figure(p.clean), _figure(p.robust), p.protocol)
+        ROW.format(
+            p.where + (f" *({UNVERIFIED})*" if p.unverified else ""), p.data, p.network, p.threat, _figure(p.clean),
+            _figure(p.robust), p.protocol,
+        )
         for p in method.published
-    ]
+    ]  # fmt: skip
     table = [ROW.format(*COLUMNS), ROW.format(*["---"] * len(COLUMNS)), *theirs, *ours, ""] if theirs or ours else []
     missing = [] if ours else ["Not in a committed report.", ""]
     return [f"### {method.title} (`{name}`)", "", *table, *missing, " ".join(method.note.split()), ""]
