@@ -446,3 +446,47 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = os.read(reader, 100_000).decode()
     os.close(reader)
     assert "epoch 2/2" in shown and "robust" in shown and "\x1b[" in shown
+
+
+def drawn(augment: bool, pad: int = 1, flip: bool = True) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """What a method draws in its steps, blindly and by label, and at the end of its epochs."""
+    given: list[tuple[Tensor, Tensor]] = []
+    at_end: list[Tensor] = []
+
+    def see(ctx: Context, x: Tensor, y: Tensor) -> None:
+        given.extend([ctx.draw(30), ctx.draw(len(y), y)])
+
+    def close(ctx: Context, validate: Callable[[], dict[str, float]]) -> None:
+        at_end.append(ctx.draw(30)[0])
+
+    run(Watching(see=see, at_epoch_end=close), recipe(augment=augment), pad=pad, flip=flip)
+    return given, at_end
+
+
+def known(images: Tensor, samples: Tensor) -> Tensor:
+    """(N,) whether each image is one of `samples`."""
+    return (images.flatten(1)[:, None] == samples.flatten(1)[None]).all(2).any(1)
+
+
+def test_what_a_step_draws_is_augmented_as_its_batch_is_and_what_is_measured_is_not() -> None:
+    (given, at_end), (again, _), (plain, plain_end) = drawn(True), drawn(True), drawn(False)
+    samples = data()
+    every = samples.x(torch.arange(len(samples)))
+    cut = F.pad(every, (1, 1, 1, 1))
+    moved = [cut[:, :, i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
+    possible = torch.cat([*moved, *(m.flip(3) for m in moved)])
+    for (x, y), (x2, y2), (x3, _) in zip(given, again, plain, strict=True):
+        assert torch.equal(x, x2) and torch.equal(y, y2), "the same in every run"
+        assert known(x, possible).all() and known(x, every).float().mean() < 0.5
+        assert known(x3, every).all()
+    assert torch.equal(given[0][1], plain[0][1]), "the images are chosen before they are cut"
+    assert all(known(x, every).all() for x in [*at_end, *plain_end])
+
+
+def test_only_what_the_data_set_has_is_done_to_what_is_drawn() -> None:
+    samples = data()
+    every = samples.x(torch.arange(len(samples)))
+    flipped = drawn(True, pad=0)[0]
+    assert all(known(x, torch.cat([every, every.flip(3)])).all() for x, _ in flipped)
+    nothing, plain = drawn(True, pad=0, flip=False)[0], drawn(False)[0]
+    assert all(torch.equal(x, x2) for (x, _), (x2, _) in zip(nothing, plain, strict=True))

@@ -143,7 +143,8 @@ class Context:
     state: dict[str, Tensor] = field(default_factory=dict)
     """The method's own tensors; checkpointed."""
     draw: Callable[..., tuple[Tensor, Tensor]] = _no_draw
-    """`draw(n, labels=None)`: n further training images (of the given labels) and their labels."""
+    """`draw(n, labels=None)`: n further training images (of the given labels) and their labels; augmented in a
+    step as the batch is, and not in `epoch_end`."""
     logs: dict[str, Tensor] = field(default_factory=dict)
     stop: bool = False
     """Set in `epoch_end` to end training early."""

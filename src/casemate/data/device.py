@@ -52,6 +52,16 @@ class DeviceData:
         """The images of those indices (int64, on the device), float32 in [0, 1]."""
         return self._float(self._stored.index_select(0, indices))
 
+    def augmented(self, indices: Tensor, rng: torch.Generator, *, pad: int, flip: bool) -> Tensor:
+        """As `x`, each image cropped and mirrored at random as in `batches`; what is drawn depends on `rng` alone."""
+        images = self._stored.index_select(0, indices)
+        if pad:
+            top, left = torch.randint(0, 2 * pad + 1, (2, len(indices)), generator=rng).to(self.device)
+            images = crop(images, pad, top, left)
+        if flip:
+            images = mirror(images, (torch.rand(len(indices), generator=rng) < 0.5).to(self.device))
+        return self._float(images)
+
     def batch_count(self, batch_size: int, *, drop_last: bool = False) -> int:
         """Batches in an epoch."""
         return len(self) // batch_size if drop_last else -(-len(self) // batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -22,6 +23,10 @@ class TrainingData(Protocol):
         """The images of those indices, float32 in [0, 1], N x C x H x W."""
         ...
 
+    def augmented(self, indices: Tensor, rng: torch.Generator, /, *, pad: int, flip: bool) -> Tensor:
+        """The same, each cropped out of a border of `pad` zeros and mirrored at random, drawn from `rng`."""
+        ...
+
     def batches(
         self, batch_size: int, *, seed: int, epoch: int, pad: int, flip: bool, drop_last: bool, start: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -30,16 +35,20 @@ class TrainingData(Protocol):
 
 
 class Draw:
-    """Further training images for a step: `Context.draw`. What it draws depends on the step's generator alone."""
+    """Further training images for a step: `Context.draw`. What it draws depends on the step's generator alone.
 
-    def __init__(self, data: TrainingData, rng: torch.Generator) -> None:
-        self.data, self.rng = data, rng
+    They are augmented as batches are; inside `plain`, where a method measures something, they are not.
+    """
+
+    def __init__(self, data: TrainingData, rng: torch.Generator, *, pad: int = 0, flip: bool = False) -> None:
+        self.data, self.rng, self.pad, self.flip = data, rng, pad, flip
+        self._plain = False
         self._order: Tensor | None = None
 
     def __call__(self, n: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`n` images drawn with replacement and their labels; with `labels` (n,), image i has label i.
 
-        Images are float32 in [0, 1] without augmentation. Raises UserError for a label that no image has.
+        Images are float32 in [0, 1]. Raises UserError for a label that no image has.
         """
         if labels is None:
             indices = torch.randint(0, len(self.data), (n,), generator=self.rng)
@@ -49,7 +58,19 @@ class Draw:
             with torch._C.DisableTorchFunction():  # drawn on the host, whatever becomes of other draws of the step
                 indices = self._of_class(labels.cpu())
         indices = indices.to(self.data.labels.device)
-        return self.data.x(indices), self.data.labels[indices]
+        if self._plain or not (self.pad or self.flip):
+            return self.data.x(indices), self.data.labels[indices]
+        images = self.data.augmented(indices, self.rng, pad=self.pad, flip=self.flip)
+        return images, self.data.labels[indices]
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """While open, nothing is augmented."""
+        self._plain = True
+        try:
+            yield
+        finally:
+            self._plain = False
 
     def _of_class(self, labels: Tensor) -> Tensor:
         if self._order is None:  # samples sorted by class, and where each class begins

@@ -142,8 +142,9 @@ class _Run:
         self.average = WeightAverage(self.modules, recipe.ema) if recipe.ema else None
         self.logs = LogMeans(device)
         self.rng = torch.Generator()
+        self.draw = Draw(data, self.rng, pad=self.pad, flip=self.flip)
         self.context = Context(
-            self.modules, task.threat, rng=self.rng, draw=Draw(data, self.rng), victim=task.victim,
+            self.modules, task.threat, rng=self.rng, draw=self.draw, victim=task.victim,
             autocast=lambda: precision.autocast(self.precision, device),
         )  # fmt: skip
         self.epoch = self.batch = self.step = 0
@@ -285,7 +286,8 @@ class _Run:
             measure()
         self.rng.manual_seed(derive(self.seed, "epoch_end", self.epoch))
         self._seed_torch("epoch_end", self.epoch)
-        self.method.epoch_end(self.context, measure)
+        with self.draw.plain():
+            self.method.epoch_end(self.context, measure)
         if self.context.stop:
             measure()
         self.logs.add(self.context.logs)
