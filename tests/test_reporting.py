@@ -187,6 +187,21 @@ def test_the_finding_states_its_conditions(tmp_path: Path) -> None:
     assert words.finding(board(tmp_path, rows()[0])).startswith("No system holds: the best of them, standard,")
 
 
+def test_a_suite_that_leaves_fewer_of_more_images_is_told(tmp_path: Path) -> None:
+    one = rows()[2]
+    made = one["systems"][0]
+    made["worst"]["core"]["adaptive"] = made["worst"]["core"]["adaptive"] | rate(0.892, 500)
+    made["worst"]["extended"]["adaptive"] = made["worst"]["extended"]["adaptive"] | rate(0.1, 1_000)  # has an l2 ball
+    (entry,) = board(tmp_path, one).entries
+    assert (entry.least_suite, entry.least, entry.least_n) == ("core", 0.892, 500)
+    (said,) = words.remarks(Leaderboard("mnist", (entry,)))
+    assert said.startswith(
+        f"The suite core alone leaves {entry.system} 89.2% of 500 images (95% interval 86.2 to 91.6"
+    )
+    made["worst"]["core"]["adaptive"] |= rate(0.99, 500)
+    assert words.remarks(board(tmp_path, one)) == []
+
+
 def test_figures_in_words() -> None:
     assert [words.percent(v) for v in (None, 0.0, 0.92345, 1.0)] == ["–", "0.0", "92.3", "100.0"]
     assert [words.points(v) for v in (None, 0.5, -0.0123, 0.0)] == ["–", "+50.0", "−1.2", "0.0"]

@@ -98,8 +98,8 @@ def _training(entry: Entry) -> str:
 
 
 def remarks(board: Leaderboard) -> list[str]:
-    """What a reader must know beside the finding: an order the run does not settle, and the widest gap to what
-    a paper would report."""
+    """What a reader must know beside the finding: an order the run does not settle, a lower figure on more images,
+    and the widest gap to what a paper would report."""
     said: list[str] = []
     best = champion(board) or next(iter(board.ranked), None)
     if best is not None and best.worst_all_low is not None:
@@ -107,6 +107,12 @@ def remarks(board: Leaderboard) -> list[str]:
         if near:
             order = "this run does not settle their order"
             said.append(f"The interval of {best.system} overlaps that of {listed(near)}: {order}.")
+    if best is not None and best.least is not None and best.least < (best.worst_all or 0.0):
+        said.append(
+            f"The suite {best.least_suite} alone leaves {best.system} {percent(best.least)}% of "
+            f"{count(best.least_n)} images (95% interval {percent(best.least_low)} to {percent(best.least_high)}): "
+            f"the {count(best.worst_all_n)} that every attack was run on are kinder than the rest."
+        )
     gaps = [e for e in board.entries if e.gap is not None and e.gap >= 0.05 and e.status != "untrained"]
     widest = max(gaps, key=lambda e: (e.gap or 0.0, e.system), default=None)
     if widest is not None:
