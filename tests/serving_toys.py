@@ -90,22 +90,23 @@ class Server:
                  *options],
                 stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
             )  # fmt: skip
+        self.said = ""
         self.port = self._port(seconds=120)
 
     def _port(self, seconds: float) -> int:
         assert self.process.stdout is not None
-        end, said, pipe = time.monotonic() + seconds, "", self.process.stdout.fileno()
+        end, pipe = time.monotonic() + seconds, self.process.stdout.fileno()
         while time.monotonic() < end:
             if select.select([pipe], [], [], 0.2)[0]:
                 part = os.read(pipe, 4096).decode()  # not by line: what a buffer holds, `select` does not see
-                said += part
-                found = re.search(r"http://127\.0\.0\.1:(\d+)\D", said)
+                self.said += part
+                found = re.search(r"http://127\.0\.0\.1:(\d+)\D", self.said)
                 if found:
                     return int(found[1])
                 if not part:
                     break
         self.process.kill()
-        raise AssertionError(f"the server did not start: {said}{self.log.read_text()}")
+        raise AssertionError(f"the server did not start: {self.said}{self.log.read_text()}")
 
     def __enter__(self) -> Server:
         return self

@@ -23,6 +23,7 @@ from PIL import Image
 from starlette.responses import PlainTextResponse
 
 import casemate
+from casemate.deploy import card as cards
 from casemate.deploy.card import MODEL
 from casemate.serving.limits import Limits
 from casemate.serving.server import listen, protocol
@@ -330,6 +331,37 @@ def test_no_more_connections_than_allowed() -> None:
         assert not thread.is_alive()
 
 
+def test_a_connection_that_became_another_protocols_is_not_counted_for_ever() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.accept"})
+            await send({"type": "websocket.close"})
+        else:
+            await PlainTextResponse("here")(scope, receive, send)
+
+    limited = protocol(Limits(connections=1))
+    with listen("127.0.0.1", 0) as listening:
+        address = listening.getsockname()
+        config = uvicorn.Config(app, http=limited, ws="auto", lifespan="off", log_level="warning")
+        started = uvicorn.Server(config)
+        thread = threading.Thread(target=started.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        upgrade = (b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                   b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")  # fmt: skip
+        for _ in range(3):
+            with socket.create_connection(address, timeout=10) as connection:
+                connection.sendall(upgrade)
+                assert connection.recv(1 << 16).startswith(b"HTTP/1.1 101")
+            end = time.monotonic() + 5
+            while limited.open and time.monotonic() < end:
+                time.sleep(0.02)
+            assert not limited.open
+        started.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
 # --- starting ------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +372,19 @@ def failed(*arguments: str) -> str:
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     return done.stderr
+
+
+def test_a_file_that_failed_the_gate_is_served_with_a_warning(tmp_path: Path) -> None:
+    made = released(tmp_path / "failed")
+    card = cards.verify(made)
+    low = cards.Worst(accuracy=0.25, low=0.2, high=0.3, n=900, attacks=("square",))
+    gate = cards.Gate(passed=False, margin=0.02, served=low, table=None, checks=())
+    cards.write(card.model_copy(update={"gate": gate, "robust": {**card.robust, "strong": low}}), made)
+    with Server(made, folder=tmp_path) as started:
+        assert "the release gate did NOT pass this file" in started.said
+        _, _, body = started.ask("POST", "/predict", picture(), {"Content-Type": "image/png"})
+    tested = json.loads(body)["tested"]  # of all suites the one that leaves least, not the one over all of them
+    assert (tested["gate"], tested["suite"], tested["robust"], tested["images"]) == ("failed", "strong", 0.25, 900)
 
 
 def test_what_cannot_be_served_is_one_line(server: Server, folder: Path, tmp_path: Path) -> None:

@@ -48,7 +48,10 @@ def test_it_is_off_by_default() -> None:
         ({"models": ["standard"], "oracle": "x"}, "study.oracle: no 'x' there"),
         ({"models": ["standard"], "strips": ["fgsn"]}, "study.strips: no 'fgsn' there; did you mean 'fgsm'"),
         ({"transfer": {"sources": ["x"]}}, "study.transfer.sources: no 'x' there"),
-        ({"transfer": {"victims": ["atdl"]}}, "study.transfer.victims: no 'atdl' there; did you mean 'atld'"),
+        (
+            {"transfer": {"sources": ["atld"], "victims": ["atdl"]}},
+            "study.transfer.victims: no 'atdl' there; did you mean 'atld'",
+        ),
         ({"ablations": {"tau": {"cells": {0.1: "pgd"}}}}, "study.ablations.tau.cells: no 'pgd' there"),
         ({"ablations": {"beta": {"rows": {1: "iwdd"}}}}, "study.ablations.beta.rows: no 'iwdd' there"),
         ({"ablations": {"tau": {}}}, "study.ablations.tau: an ablation is over cells or over rows"),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -216,7 +217,7 @@ def check(kind: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _own_rules(kind: str, name: str, options: dict[str, Any]) -> None:
     """What the class itself says of fields that do not go together: its `__post_init__`, run from its source on the
-    fields alone. Such a method may use its fields and `UserError`, and nothing that its module imports."""
+    fields alone. Where it needs more than its fields and `UserError`, the class says so itself once it is made."""
     module, attribute = location(kind, name)
     for _, found in _lineage(module, attribute):
         rules = next((n for n in found.body if isinstance(n, ast.FunctionDef) and n.name == "__post_init__"), None)
@@ -225,7 +226,8 @@ def _own_rules(kind: str, name: str, options: dict[str, Any]) -> None:
             exec(compile(ast.Module([rules], []), f"<{module}>", "exec"), known)
             made = type(attribute, (), {})()
             vars(made).update(options)
-            known["__post_init__"](made)
+            with contextlib.suppress(NameError, AttributeError, RuntimeError):
+                known["__post_init__"](made)
             return
 
 

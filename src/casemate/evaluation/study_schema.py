@@ -30,9 +30,9 @@ class TransferParams(Section):
     """A transfer matrix: what is left of each victim on PGD examples that were crafted on each source."""
 
     sources: list[Text] = Field(default_factory=list)
-    """Trained rows; with none there is no matrix. Examples are crafted through all that a row does at inference."""
+    """Evaluated rows; with none there is no matrix. Examples are crafted through all that a row does at inference."""
     victims: list[Text] = Field(default_factory=list)
-    """Trained rows; every evaluated one by default."""
+    """Evaluated rows; all of them by default."""
     images: Count = 256
     steps: Count = 20
     relative_step: Positive = 0.25
@@ -68,8 +68,8 @@ class StudyParams(Section):
         wanted += [("suites", suite, evaluate.suites) for suite in self.suites]
         wanted += [("oracle", self.oracle, rows)] if self.oracle is not None else []
         wanted += [("strips", cell, cells) for cell in self.strips]
-        wanted += [("transfer.sources", row, rows) for row in self.transfer.sources]
-        wanted += [("transfer.victims", row, rows) for row in self.transfer.victims]
+        wanted += [("transfer.sources", row, evaluate.models) for row in self.transfer.sources]
+        wanted += [("transfer.victims", row, evaluate.models) for row in self.transfer.victims]
         for name, ablation in self.ablations.items():
             wanted += [(f"ablations.{name}.cells", cell, cells) for cell in ablation.cells.values()]
             wanted += [(f"ablations.{name}.rows", row, evaluate.models) for row in ablation.rows.values()]

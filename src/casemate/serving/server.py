@@ -50,6 +50,12 @@ class PatientProtocol(H11Protocol):
         else:
             self._stop()
 
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """From here on the connection is another protocol's, which says when it is lost."""
+        self.open.discard(self)
+        self._stop()
+        super().handle_websocket_upgrade(event)
+
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._write_timer is None:
