@@ -5,8 +5,9 @@
 
 CPU time of one thread in float32; every variant once a round in a new order, a ratio is the median over rounds of the
 library's time over ours in the same round. Random weights and a radius that changes no decision: nobody stops early.
-casemate runs as its pipeline does, in the channels-last layout; the libraries as their examples do, contiguous, and
-once more in that layout. With `search: bf16` the confirmation in float32 is in the time, and not the finish, whose 20
+casemate runs as its pipeline does, on a network of its own: channels-last layout, quick input gradient of the first
+layer. The libraries run as their examples do, on the same network of plain torch layers, contiguous, and once more on
+ours. With `search: bf16` the confirmation in float32 is in the time, and not the finish, whose 20
 steps of APGD are the same whatever was searched. A library that is not installed is left out and named.
 """
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from casemate.attacks.gradient import PGD
 from casemate.attacks.reduced import ReducedSearch
 from casemate.networks.base import build_network
+from casemate.networks.shallow import ShallowConv2d
 from casemate.system import TorchSystem
 from casemate.threat import ThreatModel, untargeted
 from casemate.training.precision import has_bf16
@@ -83,17 +85,22 @@ def with_art(model: nn.Module, x: Tensor, y: Tensor) -> Run:
 LIBRARIES = {"torchattacks": with_torchattacks, "foolbox": with_foolbox, "ART": with_art}
 
 
-def network(name: str, *, channels_last: bool) -> nn.Module:
+def network(name: str, *, ours: bool) -> nn.Module:
     torch.manual_seed(0)
     model = build_network(name, input_shape=SETTINGS[name][0], num_classes=10).eval()
-    return model.to(memory_format=torch.channels_last) if channels_last else model
+    if ours:
+        return model.to(memory_format=torch.channels_last)
+    for layer in model.modules():
+        if isinstance(layer, ShallowConv2d):
+            layer.__class__ = nn.Conv2d  # type: ignore[assignment]
+    return model
 
 
 def variants(name: str) -> dict[str, Run]:
     """Ours first; each library in both layouts."""
     shape, batch = SETTINGS[name]
     x = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0))
-    fast = network(name, channels_last=True)
+    fast = network(name, ours=True)
     with torch.no_grad():
         y = fast(x).argmax(1)
     victim, threat = TorchSystem(fast, input_shape=shape, num_classes=10), ThreatModel("linf", RADIUS)
@@ -103,9 +110,9 @@ def variants(name: str) -> dict[str, Run]:
     if has_bf16(torch.device("cpu")):
         made[BF16] = lambda: half(victim, laid, untargeted(y), threat)
     for library, prepare in LIBRARIES.items():
-        for layout, images in (("", x), (", channels last", laid)):
+        for where, images in (("", x), (", our network", laid)):
             try:
-                made[library + layout] = prepare(network(name, channels_last=bool(layout)), images, y)
+                made[library + where] = prepare(network(name, ours=bool(where)), images, y)
             except ImportError as error:
                 print(f"{library} is left out: {error}", file=sys.stderr)
                 break

@@ -160,6 +160,7 @@ class AdvGAN(NeedsWeights):
 
     needs: ClassVar[frozenset[Offer]] = frozenset({"labels"})
     trainer: ClassVar[type[LearnedAttack]] = AdvGANTrainer
+    aimable: ClassVar[bool] = False
 
     def search(
         self, fitted: AdvGANTrainer, modules: dict[str, nn.Module], view: View, x: Tensor, goal: Goal,

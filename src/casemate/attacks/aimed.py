@@ -31,9 +31,11 @@ class Aimed(Attack):
     def __init__(self, inner: Attack, draw: int) -> None:
         if inner.binds is not None:
             raise UserError(f"{type(inner).__name__} needs its {inner.binds} before it can be aimed")
+        if not inner.aimable:
+            raise UserError(f"{type(inner).__name__} was fitted without a class to aim at")
         self.inner, self.draw = inner, draw
         self.needs, self.norms, self.published = inner.needs, inner.norms, inner.published  # type: ignore[misc]
-        self.minimum_norm = inner.minimum_norm  # type: ignore[misc]
+        self.minimum_norm, self.reads_layers = inner.minimum_norm, inner.reads_layers  # type: ignore[misc]
 
     @property
     def upper_bound(self) -> bool:

@@ -89,6 +89,10 @@ class Attack(ABC):
     minimum_norm: ClassVar[bool] = False
     """True if the search has no radius: its budget is the box, and it succeeds where the distance is small enough."""
     binds: ClassVar[Literal["source", "weights"] | None] = None
+    aimable: ClassVar[bool] = True
+    """False of one pass of a generator that was fitted without a class to aim at: `target` is refused beside it."""
+    reads_layers: ClassVar[bool] = False
+    """True if it reads layers of the classifier while they run: where memory is short, its batch cannot be cut."""
     published: ClassVar[bool] = False
     """True for a paper's own evaluation of its defense, kept to show what that reports."""
 

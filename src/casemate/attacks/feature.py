@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ class Feature(Attack):
     target after another, from a random start each, on the images that still stand: it falls if any copy does, at any
     iterate. Raises UserError if the system shows no such features, or the batch holds no image to move towards.
     """
+
+    reads_layers: ClassVar[bool] = True
 
     targets: Count = 200
     steps: Count = 50

@@ -101,6 +101,7 @@ class GAP(NeedsWeights):
 
     needs: ClassVar[frozenset[Offer]] = frozenset({"labels"})
     trainer: ClassVar[type[LearnedAttack]] = GAPTrainer
+    aimable: ClassVar[bool] = False
 
     def search(
         self, fitted: GAPTrainer, modules: dict[str, nn.Module], view: View, x: Tensor, goal: Goal,

@@ -104,7 +104,7 @@ class FittedAttack(Attack):
             raise UserError(
                 f"weights do not fit {type(fitted).__name__} for {input_shape} images: {problem}"
             ) from None
-        self.needs = attack.needs  # type: ignore[misc]
+        self.needs, self.aimable = attack.needs, attack.aimable  # type: ignore[misc]
 
     def run(self, view: View, x: Tensor, goal: Goal, threat: ThreatModel, seed: int, cost: Cost) -> Tensor:
         networks = self.networks.to(x.device)

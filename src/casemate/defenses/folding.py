@@ -48,11 +48,17 @@ def folded(*modules: nn.Module) -> Iterator[None]:
             vars(part).pop("forward", None)
 
 
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Convolutions of our own are whole, as those of torch are."""
+        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
 def foldable(module: nn.Module) -> list[Pair]:
     """The convolutions that are used once, with the batch norm that alone reads their output, if there is one; empty
     if the module's forward pass cannot be traced. A part that is used twice is left as it is."""
     try:
-        nodes = list(torch.fx.symbolic_trace(module).graph.nodes)
+        nodes = list(_Tracer().trace(module).nodes)
     except Exception:  # tracing runs the module's own code on stand-ins, and may fail in any way
         return []
     parts = dict(module.named_modules())

@@ -233,11 +233,11 @@ def _attack(
 
     x, y = data.take(chunk)
     doing = "the clean images" if before is None else f"images that {type(attack).__name__} tried"
+    cuttable = None if attack.reads_layers else getattr(system, "classifier", None)
     with full_precision(), all_finite(system, doing):
         result = in_pieces(
-            lambda: attack(system, x, untargeted(y), threat, seed, view=view),
-            getattr(system, "classifier", None), len(x), log.warning,
-        )  # fmt: skip
+            lambda: attack(system, x, untargeted(y), threat, seed, view=view), cuttable, len(x), log.warning
+        )
     delta = (result.x_adv - x).flatten(1)
     label, prediction = y.cpu().numpy(), result.prediction.cpu().numpy()
     clean = prediction if before is None else np.array([before[i] for i in chunk])

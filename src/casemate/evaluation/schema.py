@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -69,8 +68,7 @@ class CellParams(AttackParams):
 
     @model_validator(mode="after")
     def _aimed(self) -> CellParams:
-        found = registry.method("attack", self.attack, "search") if self.target is not None else None
-        if found is not None and not any(isinstance(n, ast.Name) and n.id == "goal" for n in ast.walk(found[1])):
+        if self.target is not None and registry.declared("attack", self.attack, "aimable") is False:
             raise ValueError(
                 f"target: {self.attack} is one pass of a fitted generator, and cannot be aimed at a class"
             )

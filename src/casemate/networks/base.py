@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from casemate.errors import UserError
+from casemate.networks.shallow import quicken
 from casemate.registry import resolve
 
 Shape = tuple[int, int, int]
@@ -51,6 +52,7 @@ class Classifier(nn.Module):
         self.normalise = normalise or nn.Identity()
         self.body = nn.ModuleDict(layers)
         self.head = head
+        quicken(self)
 
     @property
     def layers(self) -> list[str]:

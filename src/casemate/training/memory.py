@@ -44,8 +44,10 @@ def in_pieces(work: Callable[[], T], module: nn.Module | None, images: int, say:
             if not out_of_memory(error):
                 raise
             if piece == 1 or module is None:
-                what = "one image" if module is not None else f"{images} images at once"
-                raise UserError(f"out of memory with {what}: use a device with more, or a smaller network") from None
+                what, mend = "one image", "a smaller network"
+                if module is None:
+                    what, mend = f"{images} images at once, which cannot be cut here", "a smaller evaluate.chunk"
+                raise UserError(f"out of memory with {what}: use a device with more, or {mend}") from None
             piece = max(1, piece // 2)
         free()
         say(f"out of memory: {images} images go through the network {piece} at a time; results are the same")
