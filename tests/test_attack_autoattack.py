@@ -19,8 +19,9 @@ from casemate.attacks.apgd import APGD, APGDT
 from casemate.attacks.autoattack import AutoAttack
 from casemate.attacks.diagnostics import AttackWarning
 from casemate.attacks.gradient import PGD
-from casemate.evaluation.gate import Finished, verdicts
+from casemate.evaluation.gate import verdicts
 from casemate.evaluation.ledger import Cell
+from casemate.evaluation.masking import Finished
 from casemate.evaluation.plan import Planned
 from casemate.system import View
 from casemate.threat import ThreatModel, targeted, untargeted

@@ -15,10 +15,10 @@ from casemate.attacks.rotation import RotationTranslation
 from casemate.attacks.spatial import ADef, StAdv
 from casemate.data import Loaded
 from casemate.data.base import Images
-from casemate.evaluation import gate
-from casemate.evaluation.gate import Finished
+from casemate.evaluation import gate, masking
 from casemate.evaluation.images import EvaluationSet
 from casemate.evaluation.ledger import Ledger
+from casemate.evaluation.masking import Finished
 from casemate.evaluation.plan import Planned
 from casemate.evaluation.schema import EvaluateParams
 from casemate.evaluation.suite import About, Candidate, RowEvaluation, evaluate_row
@@ -103,7 +103,7 @@ def test_a_black_box_outside_the_ball_does_not_discredit_gradients() -> None:
     far = Finished(Planned("turn", "core", "turn", RotationTranslation(), BALL, "adaptive", 100), strong)
     flow = Finished(Planned("flow", "core", "flow", StAdv(), BALL, "adaptive", 100), strong)
     white = Finished(Planned("pgd", "core", "pgd", PGD(), BALL, "adaptive", 100), weak)
-    assert gate.black_above_white_box([far, flow, white], BALL) == []
+    assert masking.black_above_white_box([far, flow, white], BALL) == []
 
 
 def test_the_report_reads_and_shows_the_budgets(row: RowEvaluation) -> None:

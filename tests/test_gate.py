@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from casemate.attacks.gradient import FGSM, PGD
 from casemate.attacks.transfer import Transfer
 from casemate.data import Loaded
-from casemate.evaluation import gate
-from casemate.evaluation.gate import Finished
+from casemate.evaluation import gate, masking
 from casemate.evaluation.images import EvaluationSet
 from casemate.evaluation.ledger import Cell, Ledger
+from casemate.evaluation.masking import Finished
 from casemate.evaluation.plan import Planned, Runner
 from casemate.evaluation.schema import GateParams
 from casemate.system import TorchSystem, View
 from casemate.threat import ThreatModel
 
-GATE = GateParams(images=100, fewer_steps=5, steps=10, unbounded_steps=20, corners=20)
+GATE = GateParams(images=100, fewer_steps=5, steps=10, unbounded_steps=20, corners=20, restarts=3)
 SMALL = ThreatModel("linf", 0.05)
 
 
@@ -89,7 +89,7 @@ def test_a_sound_system_passes(verdict: Callable[[str], dict[str, Any]]) -> None
     report = verdict("sound")
     assert report["verdict"] == "ok" and report["static"] == "not run" and not failed(report)
     names = [check["name"] for check in report["checks"]]
-    assert len(names) == len(set(names)) == 6
+    assert len(names) == len(set(names)) == 8
     assert all(any(c.isdigit() for c in check["detail"]) for check in report["checks"])
 
 
@@ -123,25 +123,50 @@ def down(n: int, **options: Any) -> Cell:
 
 @pytest.mark.parametrize(("fgsm", "pgd", "passed"), [(20, 10, False), (10, 20, True), (12, 10, True)])
 def test_one_step_must_not_beat_many(fgsm: int, pgd: int, passed: bool) -> None:
-    check = gate.single_step(down(fgsm), down(pgd))
+    check = masking.single_step(down(fgsm), down(pgd))
     assert check.passed is passed and f"FGSM leaves {100 - fgsm}.0 %, PGD {100 - pgd}.0 %" in check.detail
 
 
 def test_more_steps_must_not_weaken() -> None:
-    assert not gate.more_steps(down(30), down(20), GATE).passed
-    assert gate.more_steps(down(20), down(20), GATE).passed
+    assert not masking.more_steps(down(30), down(20), GATE).passed
+    assert masking.more_steps(down(20), down(20), GATE).passed
 
 
 def test_accuracy_must_not_rise_with_the_radius() -> None:
     rising = [(0.1, down(10)), (0.2, down(40)), (0.3, down(25)), (0.4, down(60))]
-    check = gate.more_radius(rising)
+    check = masking.more_radius(rising)
     assert not check.passed and "60.0 % is left at radius 0.2, 75.0 % at 0.3" in check.detail
-    assert gate.more_radius([(0.1, down(10)), (0.2, down(10)), (0.3, down(90))]).passed
+    assert masking.more_radius([(0.1, down(10)), (0.2, down(10)), (0.3, down(90))]).passed
 
 
 @pytest.mark.parametrize(("left", "passed"), [(0, True), (1, False), (30, False)])
 def test_the_unbounded_attack_leaves_less_than_one_in_a_hundred(left: int, passed: bool) -> None:
-    assert gate.unbounded(down(100 - left)).passed is passed
+    assert masking.unbounded(down(100 - left)).passed is passed
+
+
+@pytest.mark.parametrize(
+    ("once", "often", "passed"), [(50, 60, False), (50, 53, True), (50, 50, True), (0, 9, False)]
+)
+def test_restarts_must_change_little(once: int, often: int, passed: bool) -> None:
+    check = masking.more_restarts(down(once), down(often), 10)
+    assert check.passed is passed and f"10 leave {100 - often}.0 %" in check.detail
+
+
+def test_losses_must_agree() -> None:
+    check = masking.loss_choice({"ce": down(40), "margin": down(41), "dlr": down(60)})
+    assert not check.passed and "40.0 % by dlr" in check.detail
+    assert masking.loss_choice({"ce": down(60), "margin": down(10), "dlr": down(20)}).passed
+    assert masking.loss_choice({"ce": down(40), "margin": down(42)}).passed
+
+
+def test_two_classes_have_no_dlr() -> None:
+    for classes, names in ((2, {"loss_ce", "loss_margin"}), (3, {"loss_ce", "loss_margin", "loss_dlr"})):
+        cells = gate.gate_cells(GATE, BALL, 100, classes, swept=True)
+        assert {cell.name for cell in cells if "loss" in cell.name} == names
+    bare = GATE.model_copy(update={"restarts": 1, "losses": False})
+    assert {cell.name for cell in gate.gate_cells(bare, BALL, 100, 10, swept=True)} == {
+        "fgsm", "fewer", "pgd", "unbounded", "corners",
+    }  # fmt: skip
 
 
 def test_black_box_must_not_beat_white_box() -> None:
@@ -149,20 +174,20 @@ def test_black_box_must_not_beat_white_box() -> None:
     weak, strong = Finished(planned("pgd"), down(20)), Finished(planned("mim"), down(25))
     for fallen, passed in ((40, False), (25, True), (10, True)):
         black = Finished(planned("transfer", transfer), down(fallen))
-        (check,) = gate.black_above_white_box([weak, strong, black], BALL)
+        (check,) = masking.black_above_white_box([weak, strong, black], BALL)
         assert check.passed is passed and "mim 75.0 %" in check.detail
-    assert gate.black_above_white_box([weak, strong], BALL) == []
+    assert masking.black_above_white_box([weak, strong], BALL) == []
 
 
 def test_an_attack_must_not_raise_accuracy() -> None:
     errors = [0] * 60 + [1] * 40
     cured = Finished(planned("fgsm"), cell(NONE, errors, cured=range(60, 90)))
-    (check,) = gate.above_clean([cured])
+    (check,) = masking.above_clean([cured])
     assert not check.passed and "90.0 % right under attack, 60.0 % clean" in check.detail
-    (check,) = gate.above_clean([Finished(planned("fgsm"), cell(NONE, errors))])
+    (check,) = masking.above_clean([Finished(planned("fgsm"), cell(NONE, errors))])
     assert check.passed
     static = Finished(planned("fgsm", view="static"), cell(NONE, errors, cured=range(60, 90)))
-    assert [c.concerns for c in gate.above_clean([static])] == ["static"]
+    assert [c.concerns for c in masking.above_clean([static])] == ["static"]
 
 
 class Purified(TorchSystem):
@@ -179,10 +204,10 @@ def test_static_far_above_adaptive_discredits_the_static_column(static: int, ada
         Finished(planned("pgd", view="static"), down(static)), Finished(planned("pgd"), down(adaptive)),
         Finished(planned("only_adaptive"), down(90)),
     ]  # fmt: skip
-    (check,) = gate.static_above_adaptive(Purified(), suites)
+    (check,) = masking.static_above_adaptive(Purified(), suites)
     assert check.passed is passed and check.concerns == "static"
     assert f"{100 - static}.0 %" in check.detail and f"{100 - adaptive}.0 %" in check.detail
-    assert gate.static_above_adaptive(system(nn.Flatten()), suites) == []
+    assert masking.static_above_adaptive(system(nn.Flatten()), suites) == []
 
 
 def test_static_attacks_are_no_better_for_being_many() -> None:
@@ -194,21 +219,21 @@ def test_static_attacks_are_no_better_for_being_many() -> None:
         suites += [Finished(planned(name, view="static"), third), Finished(planned(name), down(99))]
     suites.append(Finished(planned("small"), cell([1] * 3, [0] * 3)))
     suites.append(Finished(planned("small", view="static"), cell([1] * 3, [0] * 3)))
-    (check,) = gate.static_above_adaptive(Purified(), suites)
+    (check,) = masking.static_above_adaptive(Purified(), suites)
     assert not check.passed and check.concerns == "static"
     assert check.detail.startswith("pgd: static 66.0 % left, adaptive 1.0 % of 100 images")
     assert "an illusion in 3 of 4 attacks" in check.detail
-    (check,) = gate.static_above_adaptive(Purified(), suites[-2:])
+    (check,) = masking.static_above_adaptive(Purified(), suites[-2:])
     assert check.passed and "no illusion in any of 1 attacks" in check.detail
 
 
 def test_random_search_is_allowed_a_little_luck() -> None:
     corners = cell([0] * 90 + [1] * 10, NONE)
-    assert not gate.random_search(corners, [down(50)], BALL).passed
-    assert gate.random_search(corners, [down(92)], BALL).passed is False
-    assert gate.random_search(corners, [down(98)], BALL).passed
+    assert not masking.random_search(corners, [down(50)], BALL).passed
+    assert masking.random_search(corners, [down(92)], BALL).passed is False
+    assert masking.random_search(corners, [down(98)], BALL).passed
     elsewhere = cell([1], [0], indices=[400])
-    assert not gate.random_search(corners, [down(50), elsewhere], BALL).passed
+    assert not masking.random_search(corners, [down(50), elsewhere], BALL).passed
 
 
 def test_an_attack_that_another_beats_is_an_upper_bound() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from casemate.evaluation import robustness
-from casemate.evaluation.gate import Finished
 from casemate.evaluation.ledger import full_precision
+from casemate.evaluation.masking import Finished
 from casemate.evaluation.plan import Runner
 from casemate.system import System
 

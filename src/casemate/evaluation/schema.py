@@ -111,6 +111,10 @@ class GateParams(Section):
     fewer_steps: Count = 10
     steps: Count = 40
     """PGD with `steps` must not be weaker than with `fewer_steps`, nor than FGSM."""
+    restarts: Count = 10
+    """Starts of PGD with `fewer_steps` that are compared with one; 1 leaves this check out."""
+    losses: bool = True
+    """Whether APGD of `steps` by cross-entropy is compared with margin and DLR."""
     unbounded_steps: Count = 100
     """Steps of PGD at linf 0.5, where every image can become mid-grey."""
     unbounded_restarts: Count = 1

@@ -14,9 +14,9 @@ from casemate.attacks.learned import FittedAttack
 from casemate.evaluation import gate, robustness
 from casemate.evaluation.band import band_entry
 from casemate.evaluation.gallery import gallery
-from casemate.evaluation.gate import Finished
 from casemate.evaluation.images import EvaluationSet
 from casemate.evaluation.ledger import Cell, Ledger, Shard, select, write_selection
+from casemate.evaluation.masking import Finished
 from casemate.evaluation.plan import (
     Bind,
     Cost,
@@ -193,7 +193,9 @@ class _Job:
         if params.sweep is not None:
             plan.sweep = plan_sweep(params.sweep, threat, total=total, budget=budget, bind=bind)
         if params.gate is not None:
-            plan.gate = gate.gate_cells(params.gate, threat, total, swept=len(plan.sweep) > 1)
+            plan.gate = gate.gate_cells(
+                params.gate, threat, total, self.system.num_classes, swept=len(plan.sweep) > 1
+            )
         return plan
 
     def cost(self) -> Cost:
