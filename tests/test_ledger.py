@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from evaluation_toys import BALL, Jitter, images, linear, segments
+from torch import Tensor
 
+from casemate.attacks.base import Cost
+from casemate.attacks.diagnostics import AttackWarning
 from casemate.errors import UserError
 from casemate.evaluation import keys
 from casemate.evaluation import segments as store
 from casemate.evaluation.images import EvaluationSet, evaluation_order
 from casemate.evaluation.ledger import Cell, Ledger, Shard, select, write_selection
 from casemate.evaluation.probes import Identity, RandomCorners
-from casemate.threat import ThreatModel
+from casemate.system import View
+from casemate.threat import Goal, ThreatModel
 
 SYSTEM = linear()
 DATA = images(SYSTEM)
@@ -90,6 +95,28 @@ def test_nothing_is_computed_twice(tmp_path: Path) -> None:
     assert len(Jitter.chunks) == 6
     assert same(run(tmp_path), whole) and len(Jitter.chunks) == 6
     assert same(whole.at(first.rows["index"]), first)
+
+
+class Suspicious(Jitter):
+    """Warns of what it saw, and of a thing that is nobody's business here."""
+
+    def run(self, view: View, x: Tensor, goal: Goal, threat: ThreatModel, seed: int, cost: Cost) -> Tensor:
+        warnings.warn("no slope anywhere", AttackWarning, stacklevel=1)
+        warnings.warn("no slope anywhere", AttackWarning, stacklevel=1)
+        warnings.warn(f"{len(x)} images looked odd", AttackWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        return super().run(view, x, goal, threat, seed, cost)
+
+
+def test_what_an_attack_warns_of_is_kept_with_its_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledger, told = Ledger(tmp_path, CHUNK), ("no slope anywhere", "10 images looked odd", "5 images looked odd")
+    with pytest.warns(UserWarning, match="something else") as shown:
+        cell = ledger.run(SYSTEM, DATA, Suspicious(), BALL, "adaptive", ORDER[:25], 7, keep=5)
+    assert cell.remarks == told and cell.at(np.array(ORDER[:3])).remarks == told
+    assert {str(w.message) for w in shown} == {"something else"}
+    assert caplog.text.count("no slope anywhere") == 3  # once a chunk
+    read = ledger.read(SYSTEM, DATA, Suspicious(), BALL, "adaptive", ORDER[:25], 7)
+    assert read.remarks == told and run(tmp_path).remarks == ()
 
 
 def test_progress_counts_found_and_computed_images(tmp_path: Path) -> None:

@@ -262,6 +262,13 @@ def test_the_page_says_where_a_limited_form_never_acts(tmp_path: Path) -> None:
     assert text.count("the full form under another name") == 1
 
 
+def test_the_page_says_what_an_attack_warned_of(tmp_path: Path) -> None:
+    one = rows()[0]
+    one["systems"][0]["cells"][0]["remarks"] = ["gradients are masked", "logits are probabilities"]
+    text = write_report(write_profile(tmp_path, [one]), tmp_path / "out").read_text()
+    assert text.count("warned while it ran: gradients are masked; logits are probabilities.") == 1
+
+
 def test_a_scaled_down_run_says_so(reports: Path) -> None:
     assert "cut to 0.1 of the full settings" in (reports / "quick/index.html").read_text()
 
@@ -288,7 +295,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     one = evaluation("x", [system("x", evil, 0.98, HOLDS, SEEMS)], method=evil, network=evil, classes=[evil] * 10)
     one["card"][evil] = evil
     one["systems"][0] |= {"name": evil}
-    one["systems"][0]["cells"][0]["attack"] = evil
+    one["systems"][0]["cells"][0] |= {"attack": evil, "remarks": [evil]}
     one["systems"][0]["gate"]["checks"][0] |= {"name": evil, "detail": evil}
     text = write_report(write_profile(tmp_path, [one]), tmp_path / "out").read_text()
     write_overview(tmp_path)

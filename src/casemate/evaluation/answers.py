@@ -1,4 +1,4 @@
-"""Whether a system answered with numbers, all the while that it was attacked.
+"""What is heard while a system is attacked: answers that are no numbers, and the attack's own warnings.
 
 The arg max of undefined logits is class 0, so a model that breaks looks like one that decides, and a search that
 meets undefined losses gives up and leaves the image standing. An attack itself looks at the first answer only.
@@ -6,14 +6,19 @@ meets undefined losses gives up and leaves the image standing. An attack itself 
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from casemate.attacks.diagnostics import AttackWarning
 from casemate.errors import UserError
 from casemate.system import System
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -75,3 +80,22 @@ def _logits(system: System, look: Any) -> Iterator[None]:
         yield
     finally:
         del vars(system)["logits"]
+
+
+@contextmanager
+def remarked() -> Iterator[list[str]]:
+    """While open, what attacks warn of is logged and collected; any other warning is shown as ever."""
+    remarks: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", AttackWarning)
+        show = warnings.showwarning
+
+        def hear(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, AttackWarning):
+                show(message, category, *where, **more)
+            elif str(message) not in remarks:
+                remarks.append(str(message))
+                log.warning("%s", message)
+
+        warnings.showwarning = hear
+        yield remarks

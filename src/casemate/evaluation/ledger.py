@@ -46,6 +46,8 @@ class Cell:
     """Numbers per image (C x H x W)."""
     kept: tuple[Path, ...] = ()
     """Segments that hold adversarial images."""
+    remarks: tuple[str, ...] = ()
+    """What the attack warned of when it ran (`attacks.diagnostics`), each line once."""
 
     def __len__(self) -> int:
         return len(self.rows["index"])
@@ -67,7 +69,8 @@ class Cell:
     def at(self, indices: np.ndarray) -> Cell:
         """The rows of these images only."""
         mask = np.isin(self.rows["index"], indices)
-        return Cell(self.key, {k: v[mask] for k, v in self.rows.items()}, len(indices), self.dimensions, self.kept)
+        rows = {k: v[mask] for k, v in self.rows.items()}
+        return Cell(self.key, rows, len(indices), self.dimensions, self.kept, self.remarks)
 
     def x_adv(self) -> dict[int, np.ndarray]:
         """Adversarial images (C x H x W float32) by image index, as far as they were kept."""
@@ -127,6 +130,7 @@ class Ledger:
 
         Raises UserError if the system does not offer what the attack needs, or answers with what is no number.
         """
+        from casemate.evaluation.answers import remarked
         from casemate.evaluation.probes import Identity
 
         key = keys.cell_key(system, attack, threat, view, seed)
@@ -139,12 +143,13 @@ class Ledger:
                 if before is None and not isinstance(attack, Identity):
                     before = self.clean(system, data, indices, shard=shard).predictions()
                 chunk_seed = keys.chunk_seed(attack, images, seed)
-                rows, x_adv = _attack(system, data, attack, threat, view, chunk, chunk_seed, before)
+                with remarked() as remarks:
+                    rows, x_adv = _attack(system, data, attack, threat, view, chunk, chunk_seed, before)
                 with_images, plain = self._paths(key, images)
                 if start < keep:
-                    segments.write(with_images, key, rows, x_adv)
+                    segments.write(with_images, key, rows, x_adv, remarks)
                 else:
-                    segments.write(plain, key, rows)
+                    segments.write(plain, key, rows, remarks=remarks)
             if progress is not None:
                 progress(len(chunk))
         return self._collect(key, data, indices)
@@ -208,15 +213,18 @@ class Ledger:
     def _collect(self, key: dict[str, Any], data: EvaluationSet, indices: Sequence[int]) -> Cell:
         parts: list[Rows] = []
         kept: list[Path] = []
+        remarks: dict[str, None] = {}
         for _, chunk in self._chunks(indices):
             found = self._found(key, data.fingerprint(chunk), with_images=False)
             if found is not None:
                 parts.append(found[1])
                 kept += [found[0]] if found[0].name.endswith(".images.parquet") else []
+                remarks |= dict.fromkeys(segments.read_remarks(found[0]))
         empty = {name: np.empty(0, dtype) for name, dtype in COLUMNS.items()}
         rows = {name: np.concatenate([empty[name], *(p[name] for p in parts)]) for name in COLUMNS}
         order = np.argsort(rows["index"], kind="stable")
-        return Cell(key, {k: v[order] for k, v in rows.items()}, len(indices), data.dimensions, tuple(kept))
+        rows = {k: v[order] for k, v in rows.items()}
+        return Cell(key, rows, len(indices), data.dimensions, tuple(kept), tuple(remarks))
 
 
 def _attack(

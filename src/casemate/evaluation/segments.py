@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,17 @@ class ForeignError(ValueError):
     """A segment that was written under another key: sound, and not what was asked for."""
 
 
-def write(path: Path, key: Mapping[str, Any], rows: Rows, x_adv: np.ndarray | None = None) -> None:
-    """Write `rows` (a column each of COLUMNS, N long), and adversarial images (N x C x H x W float32) if given."""
+def write(
+    path: Path, key: Mapping[str, Any], rows: Rows, x_adv: np.ndarray | None = None, remarks: Sequence[str] = ()
+) -> None:
+    """Write `rows` (a column each of COLUMNS, N long), adversarial images (N x C x H x W float32) if given, and what
+    the attack remarked on the system."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
     columns: dict[str, Any] = {name: pa.array(rows[name]) for name in COLUMNS}
     meta = {"key": _text(key), "rows": _checksum(rows[name] for name in COLUMNS)}
+    if remarks:
+        meta["remarks"] = json.dumps(list(remarks))
     if x_adv is not None:
         flat = [image.tobytes() for image in np.ascontiguousarray(x_adv, dtype=np.float32)]
         columns["x_adv"] = pa.array(flat, pa.binary(len(flat[0])))
@@ -63,6 +68,13 @@ def read(path: Path, key: Mapping[str, Any], *, verify_images: bool = False) -> 
     if verify_images:
         read_images(path)
     return rows
+
+
+def read_remarks(path: Path) -> list[str]:
+    """What the attack remarked on the system when the segment was made."""
+    meta: dict[bytes, bytes] = pq.read_schema(path).metadata or {}
+    found: list[str] = json.loads(meta.get(b"remarks", b"[]"))
+    return found
 
 
 def read_indices(path: Path) -> list[int]:

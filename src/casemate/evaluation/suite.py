@@ -273,6 +273,7 @@ def cell_entries(
             "view": f.planned.view, "suite": f.planned.suite, "threat": _threat(f.planned.budget),
             "protocol": "published" if f.planned.published else "adaptive",
             **robustness.figures(f.cell), "verdict": said[id(f)], **_fit(f, fit_limit, undefended),
+            **({"remarks": list(f.cell.remarks)} if f.cell.remarks else {}),
         }
         for f in finished
     ]  # fmt: skip

@@ -93,6 +93,8 @@ class Cell(Rate):
     l2_mean: Number = None
     verdict: str = "ok"
     fit: Fit | None = None
+    remarks: tuple[str, ...] = ()
+    """What the attack warned of: signs that its figure misleads."""
     spec: dict[str, Any] = Field(default_factory=dict)
 
 
