@@ -30,9 +30,9 @@ def procedures(rule: Rule) -> dict[str, Attack]:
     """What every evaluation of IMT runs beside its suites, by name: the adaptive procedures, then the attacks of the
     paper's own adaptive table (Qian et al. 2021, Table V), which are weak and marked as published."""
     adaptive: dict[str, Attack] = {
-        "all_iterates": AllIterates(restarts=1),
+        "all_iterates": AllIterates(),
         "pre_compensation": PreCompensation(),
-        "noise_averaged": NoiseAveraged(draws=4),
+        "noise_averaged": NoiseAveraged(draws=10),
         "smoothed_sign": SmoothedSign(),
     }
     if rule == "interval":
@@ -40,8 +40,10 @@ def procedures(rule: Rule) -> dict[str, Attack]:
     table: dict[str, Attack] = {
         "table5_joint20": PublishedATLD(),
         "table5_joint20_cw": PublishedATLD(objective="margin"),
+        "table5_joint1_fgsm": PublishedATLD(class_steps=1, relative_step=1.0),
         "table5_class20_critic1": PublishedATLD(joint=False, critic_steps=1),
         "table5_class20_critic1_cw": PublishedATLD(joint=False, critic_steps=1, objective="margin"),
+        "table5_class1_critic1_fgsm": PublishedATLD(class_steps=1, relative_step=1.0, joint=False, critic_steps=1),
         "table5_critic1": PublishedATLD(class_steps=0, critic_steps=1, critic_relative_step=1.0),
         "table5_critic20": PublishedATLD(class_steps=0, critic_steps=20),
     }
