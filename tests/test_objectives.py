@@ -52,3 +52,14 @@ def test_values_are_per_sample() -> None:
 def test_an_unknown_objective_is_named_with_what_is_near() -> None:
     with pytest.raises(UserError, match=r"'margins'; did you mean 'margin'\?"):
         objective("margins")
+
+
+def test_dlr_ignores_shift_and_scale_of_the_logits_and_cross_entropy_does_not() -> None:
+    """ATTACKS 12.2, oracle 3, for both forms of the DLR."""
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.arange(6) % 5
+    for goal in (untargeted(labels), targeted(labels, (labels + 2) % 5)):
+        moved = 40.0 * logits + torch.linspace(-3, 3, 6).double()[:, None]
+        torch.testing.assert_close(objective("dlr")(moved, goal), objective("dlr")(logits, goal))
+        assert not torch.allclose(cross_entropy(40.0 * logits, goal), cross_entropy(logits, goal))
+        assert not torch.allclose(margin(40.0 * logits, goal), margin(logits, goal))

@@ -269,6 +269,13 @@ def test_the_page_says_what_an_attack_warned_of(tmp_path: Path) -> None:
     assert text.count("warned while it ran: gradients are masked; logits are probabilities.") == 1
 
 
+def test_the_page_tells_the_curvature_where_it_is_known(tmp_path: Path) -> None:
+    one, other = rows()[:2]
+    one["systems"][0]["curvature"], other["systems"][0]["curvature"] = {"median": 0.0123, "mean": 4.5, "n": 197}, None
+    text = write_report(write_profile(tmp_path, [one, other]), tmp_path / "out").read_text()
+    assert text.count("<b>0.0123</b>") == 1 == text.count("mean 4.5, n&nbsp;=&nbsp;197")
+
+
 def test_a_scaled_down_run_says_so(reports: Path) -> None:
     assert "cut to 0.1 of the full settings" in (reports / "quick/index.html").read_text()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from casemate.attacks.learned import FittedAttack
-from casemate.evaluation import gate, robustness
+from casemate.evaluation import curvature, gate, robustness
 from casemate.evaluation.band import band_entry
 from casemate.evaluation.gallery import gallery
 from casemate.evaluation.images import EvaluationSet
@@ -222,6 +222,8 @@ class _Job:
             self.say(f"{self.name}: {self.not_evaluated}")
         if self.plan.gate and self.params.gate is not None:
             entry["gate"] = gate.run_gate(self.system, self.runner, self.params.gate, suites, sweep)
+            if self.params.gate.curvature:
+                entry["curvature"] = curvature.figures(self.system, self.runner, self.params.gate.curvature)
         return _Result(entry, suites, self._rows(clean, suites, sweep))
 
     def _finish(self, cell: Planned) -> Cell:

@@ -141,6 +141,15 @@ class Band(Record):
     highest: float
 
 
+class Curvature(Record):
+    """The largest eigenvalue of the Hessian of the classifier's loss in the image (pixel units), over the `n` images
+    looked at that are right."""
+
+    median: float
+    mean: float
+    n: int
+
+
 class Evaluated(Record):
     """One system: a row in one inference mode."""
 
@@ -155,6 +164,7 @@ class Evaluated(Record):
     sweep: Sweep | None = None
     gate: Gate = Gate()
     band: Band | None = None
+    curvature: Curvature | None = None
 
     def worst_case(self, suite: str, face: Literal["adaptive", "static", "published"]) -> Worst | None:
         """The worst case of `suite` ("core", "extended" or "all") as one face shows it, if it was evaluated."""
