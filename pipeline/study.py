@@ -110,22 +110,25 @@ def runner_of(params: Params, device: str, progress: Any) -> Runner:
 def transfer(params: Params) -> dict[str, Any]:
     """The transfer matrix, and its conditions."""
     from casemate.attacks.transfer import Transfer
+    from casemate.ensemble import Ensemble
     from casemate.evaluation.matrix import transfer_matrix
 
     wanted, device = params.study.transfer, device_of(params)
     victims = wanted.victims or params.evaluate.models
     systems = {row: candidates(params, row, device)[0].system for row in dict.fromkeys([*wanted.sources, *victims])}
+    sources = {row: systems[row] for row in wanted.sources}
+    sources |= {name: Ensemble({row: systems[row] for row in rows}) for name, rows in wanted.ensembles.items()}
     with attack_bar() as progress:
         runner = runner_of(params, device, progress)
         found = transfer_matrix(
-            {row: systems[row] for row in wanted.sources}, {row: systems[row] for row in victims}, runner,
+            sources, {row: systems[row] for row in victims}, runner,
             Transfer(steps=wanted.steps, relative_step=wanted.relative_step),
             images=min(wanted.images, len(runner.data)),
         )  # fmt: skip
     print(found)
     return {
         "schema": 1, **found.as_dict(), "steps": wanted.steps, "relative_step": wanted.relative_step,
-        "seed": params.seed, "budget": params.budget,
+        "seed": params.seed, "budget": params.budget, "ensembles": wanted.ensembles,
     }  # fmt: skip
 
 

@@ -53,12 +53,13 @@ def test_a_transfer_matrix_has_a_section_of_its_own(tmp_path: Path) -> None:
     assert load_transfer(reports) is None
     content = {
         "threat": "linf 0.3", "steps": 20, "cells": {"a<b>": {"a<b>": figures(0.125), "net": figures(0.75)}},
-        "clean": {"a<b>": figures(0.9), "net": figures(0.95)},
+        "clean": {"a<b>": figures(0.9), "net": figures(0.95)}, "ensembles": {"a<b>": ["net", "c<d>"]},
     }  # fmt: skip
     (reports / "study/transfer.json").write_text(json.dumps(content))
     page = write_report(ReportInputs.load("mnist", reports, tmp_path / "models/mnist", names), reports).read_text()
     section = page[page.index('<section id="transfer">') :].split("</section>")[0]
     assert "<b>12.5</b>" in section and "75.0" in section and "95.0" in section and "PGD-20" in section
+    assert "mean of net, c&lt;d&gt;" in section.replace("<wbr>", "")
     assert "a<b>" not in section and '<a href="#transfer">' in page and 'id="study"' not in page
     (reports / "study/transfer.json").write_text('{"threat": "linf 0.3"}')
     with pytest.raises(UserError, match=r"transfer.json: steps: Field required"):

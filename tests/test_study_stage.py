@@ -52,6 +52,18 @@ def test_it_is_off_by_default() -> None:
             {"transfer": {"sources": ["atld"], "victims": ["atdl"]}},
             "study.transfer.victims: no 'atdl' there; did you mean 'atld'",
         ),
+        (
+            {"transfer": {"sources": ["atld", "trades"], "ensembles": {"atld": ["atld", "trades"]}}},
+            "study.transfer: ensembles: atld is the name of a row, too",
+        ),
+        (
+            {"transfer": {"sources": ["atld", "trades"], "ensembles": {"two": ["atld"]}}},
+            "study.transfer: ensembles.two: name two different rows or more",
+        ),
+        (
+            {"transfer": {"sources": ["atld"], "ensembles": {"two": ["atld", "atdl"]}}},
+            "study.transfer: ensembles.two: 'atdl' is none of the sources; did you mean 'atld'",
+        ),
         ({"ablations": {"tau": {"cells": {0.1: "pgd"}}}}, "study.ablations.tau.cells: no 'pgd' there"),
         ({"ablations": {"beta": {"rows": {1: "iwdd"}}}}, "study.ablations.beta.rows: no 'iwdd' there"),
         ({"ablations": {"tau": {}}}, "study.ablations.tau: an ablation is over cells or over rows"),

@@ -31,12 +31,28 @@ class TransferParams(Section):
 
     sources: list[Text] = Field(default_factory=list)
     """Evaluated rows; with none there is no matrix. Examples are crafted through all that a row does at inference."""
+    ensembles: dict[CellName, list[Text]] = Field(default_factory=dict)
+    """More sources: the mean of the probabilities of some of `sources`, by a name of its own."""
     victims: list[Text] = Field(default_factory=list)
     """Evaluated rows; all of them by default."""
     images: Count = 256
     steps: Count = 20
     relative_step: Positive = 0.25
     """Of the radius."""
+
+    @model_validator(mode="after")
+    def _ensembles(self) -> TransferParams:
+        for name, members in self.ensembles.items():
+            if name in {*self.sources, *self.victims}:
+                raise ValueError(f"ensembles: {name} is the name of a row, too: choose another")
+            if len(set(members)) < 2 or len(set(members)) < len(members):
+                raise ValueError(f"ensembles.{name}: name two different rows or more")
+            for member in members:
+                if member not in self.sources:
+                    raise ValueError(
+                        f"ensembles.{name}: {member!r} is none of the sources{near(member, self.sources)}"
+                    )
+        return self
 
 
 class StudyParams(Section):

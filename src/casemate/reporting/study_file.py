@@ -75,6 +75,8 @@ class TransferFile(Record):
     steps: int
     cells: dict[str, dict[str, Figures]]
     clean: dict[str, Figures]
+    ensembles: dict[str, list[str]] = Field(default_factory=dict)
+    """What stands behind the sources that are no rows."""
 
     @property
     def victims(self) -> list[str]:
