@@ -16,7 +16,7 @@ SRC = Path(registry.__file__).parent
 FLOORS = {
     "errors": 0, "fields": 0, "seeding": 0, "registry": 1, "versions": 2,
     "data": 2, "networks": 2, "threat": 2, "iwd": 2, "objectives": 3, "system": 3, "trainable": 3,
-    "randomised": 4, "attacks": 4, "purification": 5, "detectors": 6, "defenses": 6,
+    "ensemble": 4, "randomised": 4, "attacks": 4, "purification": 5, "detectors": 6, "defenses": 6,
     "training": 7, "evaluation": 8, "deploy": 8, "reporting": 8,
     "params": 9, "tracking": 10, "model_registry": 11, "loading": 12, "serving": 13, "cli_serving": 14, "cli": 15,
     "__init__": 16,
