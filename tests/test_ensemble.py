@@ -12,6 +12,7 @@ from casemate.attacks.gradient import PGD
 from casemate.attacks.transfer import Transfer
 from casemate.ensemble import Ensemble
 from casemate.errors import UserError
+from casemate.evaluation import keys
 from casemate.system import System
 from casemate.threat import ThreatModel, untargeted
 
@@ -62,6 +63,12 @@ def test_it_is_a_source_of_transfer_attacks_known_by_its_members() -> None:
     result = attack(victim, x[:20], untargeted(y[:20]), ThreatModel("linf", 0.3))
     assert result.success.float().mean() > 0.5
     assert both.hash() != Ensemble({"other": other, "victim": victim}).hash() != victim.hash()
+
+
+def test_the_code_of_its_members_is_code_of_its_own() -> None:
+    plain, purified = system(trained_network(), (1, 8, 8), 10), imt_system(trained_network())
+    codes = [keys.system_code(Ensemble({"a": plain, "b": other})) for other in (plain, purified)]
+    assert codes[0] != codes[1] and codes[0] != keys.system_code(plain)
 
 
 def test_what_cannot_be_an_ensemble_is_said() -> None:

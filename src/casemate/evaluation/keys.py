@@ -65,9 +65,12 @@ def system_code(system: System) -> str:
 
 
 def _parts(system: System) -> Iterable[object]:
-    """What a system holds, and every module below it."""
-    for value in vars(system).values():
+    """What a system holds, its members if it is an ensemble, and every module below them."""
+    values = [part for v in vars(system).values() for part in (v if isinstance(v, tuple) else (v,))]
+    for value in values:
         yield value
+        if hasattr(value, "views"):
+            yield from _parts(value)
         held = getattr(value, "modules", ())
         owned = [value] if callable(held) else list(held)  # a network's method, or a purification's own modules
         for module in owned:
