@@ -5,6 +5,7 @@ A library is imported when its peer is called, never before. What draws noise is
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from casemate.networks.shallow import ShallowConv2d
 from casemate.threat import ThreatModel
 
 Run = Callable[[Tensor, Tensor], Tensor]
@@ -26,6 +28,15 @@ PACKAGES = {
 MODULES = {"ART": "art"}
 """Where the name of the module is not the library's."""
 ABOUT = {"pyautoattack": "the code of AutoAttack's authors as a package"}
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy as a user of another library would have it: torch's own layers, contiguous."""
+    copied = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    for layer in copied.modules():
+        if isinstance(layer, ShallowConv2d):
+            layer.__class__ = nn.Conv2d  # type: ignore[assignment]
+    return copied
 
 
 def _upper(threat: ThreatModel) -> str:

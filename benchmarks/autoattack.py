@@ -4,10 +4,11 @@
     PYTHONPATH=build/libraries python benchmarks/autoattack.py --model models/mnist/trained/at_pgd --data mnist
 
 On the same weights and images, 100 steps and 5,000 queries everywhere: the stage of APGD on cross-entropy alone, and
-the whole of version "standard", each also with `search: bf16`. CPU time of one thread; every variant once a round, in
-a new order; a ratio is the median over rounds of their time over ours in the same round. `--radius` decides how many
-images fall: where half of them do, an exit inside a run shows. `--memory` evaluates growing numbers of images into a
-ledger, each in a fresh process, and reports the peak.
+the whole of version "standard", each also with `search: bf16`. casemate attacks a network of its own, the libraries
+the same weights in torch's layers. CPU time of one thread; every variant once a round, in a new order; a ratio is the
+median over rounds of their time over ours in the same round. `--radius` decides how many images fall: where half of
+them do, an exit inside a run shows. `--memory` evaluates growing numbers of images into a ledger, each in a fresh
+process, and reports the peak.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.agreement import Target, trained_target  # noqa: E402
 from benchmarks.agreement_cases import CE, FAB, SQUARE, T  # noqa: E402
-from benchmarks.agreement_libraries import authors, authors_standard, torchattacks  # noqa: E402
+from benchmarks.agreement_libraries import authors, authors_standard, plain, torchattacks  # noqa: E402
 from casemate.attacks.apgd import APGD  # noqa: E402
 from casemate.attacks.autoattack import AutoAttack  # noqa: E402
 from casemate.attacks.reduced import ReducedSearch  # noqa: E402
@@ -65,7 +66,7 @@ def variants(stage: str, target: Target, threat: ThreatModel) -> dict[str, Run]:
         made[BF16] = lambda: half(system, x, untargeted(y), threat).x_adv
     for library, peer in PEERS[stage].items():
         try:
-            run = peer(target.system.classifier, threat, 0)
+            run = peer(plain(target.system.classifier), threat, 0)
         except ImportError as error:
             print(f"{library} is left out: {error}", file=sys.stderr)
             continue

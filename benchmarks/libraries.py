@@ -7,8 +7,8 @@ CPU time of one thread in float32; every variant once a round in a new order, a 
 library's time over ours in the same round. Random weights and a radius that changes no decision: nobody stops early.
 casemate runs as its pipeline does, on a network of its own: channels-last layout, quick input gradient of the first
 layer. The libraries run as their examples do, on the same network of plain torch layers, contiguous, and once more on
-ours. With `search: bf16` the confirmation in float32 is in the time, and not the finish, whose 20
-steps of APGD are the same whatever was searched. A library that is not installed is left out and named.
+ours. With `search: bf16` the confirmation in float32 is in the time; the finish is not: its 20 steps of APGD are the
+same whatever was searched. A library that is not installed is left out and named.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from casemate.attacks.gradient import PGD
-from casemate.attacks.reduced import ReducedSearch
-from casemate.networks.base import build_network
-from casemate.networks.shallow import ShallowConv2d
-from casemate.system import TorchSystem
-from casemate.threat import ThreatModel, untargeted
-from casemate.training.precision import has_bf16
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.agreement_libraries import plain  # noqa: E402
+from casemate.attacks.gradient import PGD  # noqa: E402
+from casemate.attacks.reduced import ReducedSearch  # noqa: E402
+from casemate.networks.base import build_network  # noqa: E402
+from casemate.system import TorchSystem  # noqa: E402
+from casemate.threat import ThreatModel, untargeted  # noqa: E402
+from casemate.training.precision import has_bf16  # noqa: E402
 
 KEEP = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 STEPS, RADIUS = 10, 1e-4
@@ -88,12 +91,7 @@ LIBRARIES = {"torchattacks": with_torchattacks, "foolbox": with_foolbox, "ART": 
 def network(name: str, *, ours: bool) -> nn.Module:
     torch.manual_seed(0)
     model = build_network(name, input_shape=SETTINGS[name][0], num_classes=10).eval()
-    if ours:
-        return model.to(memory_format=torch.channels_last)
-    for layer in model.modules():
-        if isinstance(layer, ShallowConv2d):
-            layer.__class__ = nn.Conv2d  # type: ignore[assignment]
-    return model
+    return model.to(memory_format=torch.channels_last) if ours else plain(model)
 
 
 def variants(name: str) -> dict[str, Run]:
