@@ -45,6 +45,7 @@ def test_an_attack_on_it_pays_for_every_member_and_fools_the_whole() -> None:
     both = Ensemble({"plain": plain, "purified": purified})
     view = both.views()["adaptive"]
     assert view.exact and view.passes == (1 + 2, 1 + 2)
+    assert both.decision_passes() == (1 + 2, 0 + 1)
     torch.testing.assert_close(view.logits(x[:5]), both.logits(x[:5]))
     goal = untargeted(y[:20])
     result = PGD(steps=10)(both, x[:20], goal, ThreatModel("linf", 0.2))

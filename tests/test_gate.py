@@ -148,8 +148,8 @@ def test_the_unbounded_attack_leaves_less_than_one_in_a_hundred(left: int, passe
     ("once", "often", "passed"), [(50, 60, False), (50, 53, True), (50, 50, True), (0, 9, False)]
 )
 def test_restarts_must_change_little(once: int, often: int, passed: bool) -> None:
-    check = masking.more_restarts(down(once), down(often), 10)
-    assert check.passed is passed and f"10 leave {100 - often}.0 %" in check.detail
+    check = masking.more_restarts(down(once), down(often), GateParams(restarts=10))
+    assert check.passed is passed and check.concerns == "attack" and f"10 leave {100 - often}.0 %" in check.detail
 
 
 def test_losses_must_agree() -> None:

@@ -266,7 +266,7 @@ def test_the_page_says_what_an_attack_warned_of(tmp_path: Path) -> None:
     one = rows()[0]
     one["systems"][0]["cells"][0]["remarks"] = ["gradients are masked", "logits are probabilities"]
     text = write_report(write_profile(tmp_path, [one]), tmp_path / "out").read_text()
-    assert text.count("warned while it ran: gradients are masked; logits are probabilities.") == 1
+    assert text.count("by themselves: gradients are masked; logits are probabilities.") == 1
 
 
 def test_the_page_tells_the_curvature_where_it_is_known(tmp_path: Path) -> None:

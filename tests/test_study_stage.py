@@ -54,7 +54,7 @@ def test_it_is_off_by_default() -> None:
         ),
         (
             {"transfer": {"sources": ["atld", "trades"], "ensembles": {"atld": ["atld", "trades"]}}},
-            "study.transfer: ensembles: atld is the name of a row, too",
+            "study.transfer.ensembles: atld is the name of a row, too",
         ),
         (
             {"transfer": {"sources": ["atld", "trades"], "ensembles": {"two": ["atld"]}}},

@@ -53,6 +53,10 @@ class Ensemble(System):
             name: View(name, logits, exact, self.offers, passes, system=self) for name in ("static", "adaptive")
         }  # fmt: skip
 
+    def decision_passes(self) -> tuple[int, int]:
+        each = [member.decision_passes() for member in self.members]
+        return sum(forwards for forwards, _ in each), sum(backwards for _, backwards in each)
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         with ExitStack() as stack:

@@ -84,7 +84,8 @@ def _logits(system: System, look: Any) -> Iterator[None]:
 
 @contextmanager
 def remarked() -> Iterator[list[str]]:
-    """While open, what attacks warn of is logged and collected; any other warning is shown as ever."""
+    """While open, what attacks warn of is logged and collected, each line once; other warnings go where they went.
+    For one thread of a process, as the ledger has it: warnings are the process's."""
     remarks: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("always", AttackWarning)

@@ -68,7 +68,8 @@ def run_gate(
 
     `sweep` holds (radius, cell) pairs of rising radius. Attacks needed beyond it and `suites` run through the ledger.
     A static evaluation far above the adaptive one is an illusion of that protocol: it discredits the static figures
-    ("static") and not the system, whose ranked figure is the adaptive one.
+    ("static") and not the system, whose ranked figure is the adaptive one; nor do single attacks that restarts or
+    another loss beat, which the worst case covers.
     """
     swept = len(sweep) > 1
     planned = gate_cells(params, runner.threat, len(runner.data), system.num_classes, swept=swept)
@@ -85,11 +86,11 @@ def run_gate(
         *masking.black_above_white_box(suites, runner.threat),
     ]
     if params.restarts > 1:
-        checks.append(masking.more_restarts(probes["fewer"], probes["restarts"], params.restarts))
+        checks.append(masking.more_restarts(probes["fewer"], probes["restarts"], params))
     if params.losses:
         checks.append(masking.loss_choice({n.removeprefix("loss_"): c for n, c in probes.items() if "loss_" in n}))
     if params.corners:
-        # not the restarts: their random starts are a random search themselves
+        # one start each: many random starts are a random search themselves
         white = [probes["pgd"], probes["fewer"], probes["fgsm"], *(f.cell for f in suites if f.white_box)]
         checks.append(masking.random_search(probes["corners"], white, runner.threat))
     failed = {check.concerns for check in checks if not check.passed}

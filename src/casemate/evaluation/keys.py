@@ -69,7 +69,7 @@ def _parts(system: System) -> Iterable[object]:
     values = [part for v in vars(system).values() for part in (v if isinstance(v, tuple) else (v,))]
     for value in values:
         yield value
-        if hasattr(value, "views"):
+        if hasattr(value, "views") and hasattr(value, "decide"):
             yield from _parts(value)
         held = getattr(value, "modules", ())
         owned = [value] if callable(held) else list(held)  # a network's method, or a purification's own modules

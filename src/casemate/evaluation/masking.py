@@ -24,19 +24,20 @@ LUCK = 0.002
 FAR = 0.02
 """An attack's static accuracy above its adaptive one by more than this, and beyond chance, is an illusion."""
 MANY = 0.03
-"""Restarts, or another loss, that fell more than this share of the images beyond chance: the single attack was led
-astray."""
+"""Restarts, or another loss, that fell more than this share of the images beyond chance: the single attack is no
+evidence. Adversarially trained LeNet-5 on MNIST loses 1.5 to 2.1 points to ten starts of PGD."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question. `concerns` says which column of the results a failure discredits."""
+    """One question. `concerns` says what a failure discredits: the system's figures, those of its static column, or a
+    single attack of the kind asked about, in which case the worst case over attacks stands."""
 
     name: str
     passed: bool
     detail: str
     p: float | None = None
-    concerns: Literal["system", "static"] = "system"
+    concerns: Literal["system", "static", "attack"] = "system"
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "p": None if self.p is None else float(f"{self.p:.4g}")}
@@ -70,21 +71,24 @@ def more_steps(fewer: Cell, more: Cell, params: GateParams) -> Check:
     return Check("more steps not weaker", not worse, detail, p)
 
 
-def more_restarts(once: Cell, often: Cell, restarts: int) -> Check:
-    """Another start must not change much: a loss full of traps for a single one is a masked one."""
+def more_restarts(once: Cell, often: Cell, params: GateParams) -> Check:
+    """Another start must not change much, or a figure from a single one is too high."""
     worse, p = _beats(often, once)
     gain = _gain(often, once)
-    detail = f"one start leaves {_left(once)}, {restarts} leave {_left(often)} of {len(once):,} images"
-    return Check("restarts change little", not (worse and gain > MANY), detail, p)
+    detail = (
+        f"one start of PGD-{params.fewer_steps} leaves {_left(once)}, {params.restarts} leave {_left(often)} "
+        f"of {len(once):,} images"
+    )
+    return Check("restarts change little", not (worse and gain > MANY), detail, p, "attack")
 
 
 def loss_choice(cells: Mapping[str, Cell]) -> Check:
-    """The losses {name: APGD's cell} must agree; the one that leaves least is compared with cross-entropy."""
+    """Of {loss: APGD's cell}, none may leave far less than cross-entropy, the loss of most published figures."""
     ce = cells["ce"]
     name, best = min(((n, c) for n, c in cells.items() if n != "ce"), key=lambda pair: -_gain(pair[1], ce))
     worse, p = _beats(best, ce)
     detail = f"APGD leaves {_left(ce)} by cross-entropy, {_left(best)} by {name}, of {len(ce):,} images"
-    return Check("losses agree", not (worse and _gain(best, ce) > MANY), detail, p)
+    return Check("no loss far above cross-entropy", not (worse and _gain(best, ce) > MANY), detail, p, "attack")
 
 
 def more_radius(series: Sequence[tuple[float, Cell]]) -> Check:
@@ -200,8 +204,8 @@ def random_search(corners: Cell, white: Sequence[Cell], threat: ThreatModel) -> 
     missed = int((corners.rows["success"] & ~known).sum())
     p = binomial_tail(missed, len(corners), LUCK)
     detail = (
-        f"random corners fell {missed:,} of {len(corners):,} images that every gradient attack left standing "
-        f"({_percent(missed, len(corners))}; {100 * LUCK:.1f} % would be luck)"
+        f"random corners fell {missed:,} of {len(corners):,} images that PGD and the suites' gradient attacks "
+        f"left standing ({_percent(missed, len(corners))}; {100 * LUCK:.1f} % would be luck)"
     )
     return Check("random search finds nothing new", p >= SIGNIFICANT, detail, p)
 

@@ -118,7 +118,7 @@ class GateParams(Section):
     unbounded_steps: Count = 100
     """Steps of PGD at linf 0.5, where every image can become mid-grey."""
     unbounded_restarts: Count = 1
-    curvature: Natural = 200
+    curvature: Natural = 100
     """Images whose loss is asked how sharply it bends (`evaluation.curvature`): a figure, and no check; 0 leaves it
     out."""
     corners: Natural = 100

@@ -43,8 +43,6 @@ class TransferParams(Section):
     @model_validator(mode="after")
     def _ensembles(self) -> TransferParams:
         for name, members in self.ensembles.items():
-            if name in {*self.sources, *self.victims}:
-                raise ValueError(f"ensembles: {name} is the name of a row, too: choose another")
             if len(set(members)) < 2 or len(set(members)) < len(members):
                 raise ValueError(f"ensembles.{name}: name two different rows or more")
             for member in members:
@@ -86,6 +84,9 @@ class StudyParams(Section):
         wanted += [("strips", cell, cells) for cell in self.strips]
         wanted += [("transfer.sources", row, evaluate.models) for row in self.transfer.sources]
         wanted += [("transfer.victims", row, evaluate.models) for row in self.transfer.victims]
+        for name in self.transfer.ensembles:
+            if name in rows:
+                raise ValueError(f"study.transfer.ensembles: {name} is the name of a row, too: choose another")
         for name, ablation in self.ablations.items():
             wanted += [(f"ablations.{name}.cells", cell, cells) for cell in ablation.cells.values()]
             wanted += [(f"ablations.{name}.rows", row, evaluate.models) for row in ablation.rows.values()]

@@ -117,7 +117,7 @@ class Check(Record):
     passed: bool | None
     detail: str = ""
     p: Number = None
-    concerns: Literal["system", "static"] = "system"
+    concerns: Literal["system", "static", "attack"] = "system"
     """Whether a failure discredits the system's figures or only those of static attacks."""
 
 
@@ -142,7 +142,7 @@ class Band(Record):
 
 
 class Curvature(Record):
-    """The largest eigenvalue of the Hessian of the classifier's loss in the image (pixel units), over the `n` images
+    """The dominant eigenvalue of the Hessian of the classifier's loss in the image (pixel units), over the `n` images
     looked at that are right."""
 
     median: float

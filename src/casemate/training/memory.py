@@ -46,7 +46,10 @@ def in_pieces(work: Callable[[], T], module: nn.Module | None, images: int, say:
             if piece == 1 or module is None:
                 what, mend = "one image", "a smaller network"
                 if module is None:
-                    what, mend = f"{images} images at once, which cannot be cut here", "a smaller evaluate.chunk"
+                    what, mend = (
+                        f"{images} images at once, which cannot be cut here",
+                        "fewer images at once (evaluate.chunk, --chunk)",
+                    )
                 raise UserError(f"out of memory with {what}: use a device with more, or {mend}") from None
             piece = max(1, piece // 2)
         free()
