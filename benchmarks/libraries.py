@@ -95,7 +95,7 @@ def network(name: str, *, ours: bool) -> nn.Module:
 
 
 def variants(name: str) -> dict[str, Run]:
-    """Ours first; each library in both layouts."""
+    """Ours first; each library on both networks."""
     shape, batch = SETTINGS[name]
     x = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0))
     fast = network(name, ours=True)

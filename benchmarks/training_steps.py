@@ -29,6 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.agreement_libraries import plain  # noqa: E402
 from benchmarks.steps import (  # noqa: E402
     Problem,
     conditions,
@@ -132,7 +133,7 @@ def against_plain(rounds: int) -> list[dict[str, Any]]:
         usual: list[float] = []
         ours: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(rounds):
-            net = problem.fresh()
+            net = plain(problem.fresh())
             optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
             for _ in range(2):
                 begun = time.thread_time()

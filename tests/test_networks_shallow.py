@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from casemate.networks import shallow
 from casemate.networks.base import build_network
 from casemate.networks.shallow import ShallowConv2d, _Blocked, block_of, quicken
 
@@ -29,6 +30,11 @@ LAYERS: list[tuple[dict[str, Any], tuple[int, int], int | None]] = [
     ({"in_channels": 1, "kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, (8, 8), None),
     ({"in_channels": 1, "kernel_size": 3, "padding": 5}, (8, 8), None),
 ]
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shallow, "PIXELS", 1)
 
 
 def pair(options: dict[str, Any], *, bias: bool = True) -> tuple[nn.Conv2d, nn.Conv2d]:
@@ -86,6 +92,36 @@ def test_plain_where_it_does_not_pay() -> None:
         assert fast(x.requires_grad_()).grad_fn is None
     with torch.autocast("cpu", torch.bfloat16):
         assert "Blocked" not in type(fast(x).grad_fn).__name__
+
+
+def test_autocast_around_the_backward_pass_alone_changes_nothing() -> None:
+    plain, fast = pair({"in_channels": 1, "kernel_size": 3})
+    x = torch.rand(2, 1, 8, 8, requires_grad=True)
+    found = []
+    for layer in (plain, fast):
+        out = layer(x).square().sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            found += torch.autograd.grad(out, x)
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_gradients_of_each_image_by_vmap_and_images_without_a_batch() -> None:
+    plain, fast = pair({"in_channels": 1, "kernel_size": 3})
+    x = torch.rand(3, 1, 1, 8, 8)
+    each = [
+        torch.func.vmap(torch.func.grad(lambda at, layer=layer: layer(at).square().sum()))(x)
+        for layer in (plain, fast)
+    ]
+    torch.testing.assert_close(each[1], each[0])
+    alone = x[0, 0].clone().requires_grad_()
+    torch.testing.assert_close(fast(alone), plain(alone))
+
+
+def test_a_small_batch_takes_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shallow, "PIXELS", 200)
+    _, fast = pair({"in_channels": 1, "kernel_size": 3})
+    names = [type(fast(torch.rand(n, 1, 8, 8, requires_grad=True)).grad_fn).__name__ for n in (3, 4)]
+    assert "Blocked" not in names[0] and "Blocked" in names[1]
 
 
 def test_torch_fx_traces_the_plain_layer() -> None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 LANES = 16
 """At most so many channels are made of a block, one register of float32: beyond, the larger kernel costs more than
 the lanes save."""
+PIXELS = 20_000
+"""Smallest batch, in pixels of a channel: below, making the kernel costs more than it saves."""
 
 
 def quicken(network: nn.Module) -> None:
@@ -75,17 +77,20 @@ class ShallowConv2d(nn.Conv2d):
 
 
 def _pays(x: Tensor) -> bool:
-    """Where the gradient is wanted, on a CPU, in float32 (kernels for bfloat16 fill their lanes by themselves), and
-    not while a graph is traced, which is to hold the layer as it is written."""
-    wanted = isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()  # torch.fx calls with a stand-in
-    if not wanted:
-        return False
+    """Where the gradient of a batch is wanted, on a CPU, in float32 (kernels for bfloat16 fill their lanes by
+    themselves), and not while a graph is traced, which is to hold the layer as it is written."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.requires_grad or not torch.is_grad_enabled():
+        return False  # no Tensor: torch.fx calls with a stand-in
     full = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return full and isinstance(x.shape[0], int) and not torch.compiler.is_compiling()
+    traced = not isinstance(x.shape[0], int) or torch.compiler.is_compiling()
+    return full and not traced and len(x) * x.shape[2] * x.shape[3] >= PIXELS
 
 
 class _Blocked(torch.autograd.Function):
-    """A convolution with the blocked input gradient. Its backward is made of differentiable operators."""
+    """A convolution with the blocked input gradient. Its backward is made of differentiable operators, in float32
+    also where it is called under autocast: the forward pass was."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, block: int) -> Tensor:
@@ -103,7 +108,8 @@ class _Blocked(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         stride, padding, block = ctx.numbers
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
-        of_x = _input_gradient(gradient, weight, stride, padding, block) if for_x else None
+        with torch.autocast("cpu", enabled=False):
+            of_x = _input_gradient(gradient, weight, stride, padding, block) if for_x else None
         of_weight = of_bias = None
         if for_weight or for_bias:
             _, of_weight, of_bias = torch.ops.aten.convolution_backward(
