@@ -209,6 +209,18 @@ def data_path(rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def beside(rounds: int, *, skip_large: bool) -> None:
+    """Measure what is not about single defenses anew, with its own conditions, into the known results."""
+    known = json.loads(RESULTS.read_text())
+    known["against_plain"], known["data_path"] = against_plain(rounds + 2), data_path(rounds + 2)
+    if not skip_large:
+        known["share_of_ceiling"] = share_of_ceiling(rounds)
+    known["conditions_beside"] = {**conditions(), "rounds": rounds + 2}
+    for part in ("against_plain", "data_path", "share_of_ceiling"):
+        print(part, json.dumps(known.get(part)))
+    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
@@ -217,8 +229,14 @@ def main() -> None:
     parser.add_argument(
         "--again", action="store_true", help="measure the defenses of --only and put them among the rest"
     )
+    parser.add_argument(
+        "--beside", action="store_true", help="measure all but the defenses, and put it among the rest"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.beside:
+        beside(options.rounds, skip_large=options.skip_large)
+        return
     found: dict[str, Any] = {"conditions": {**conditions(), "rounds": options.rounds}}
     found["defenses"] = defenses(options.only, options.rounds)
     for row in found["defenses"]:
