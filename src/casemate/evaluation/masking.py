@@ -25,7 +25,7 @@ FAR = 0.02
 """An attack's static accuracy above its adaptive one by more than this, and beyond chance, is an illusion."""
 MANY = 0.03
 """Restarts, or another loss, that fell more than this share of the images beyond chance: the single attack is no
-evidence. Adversarially trained LeNet-5 on MNIST loses 1.5 to 2.1 points to ten starts of PGD."""
+evidence. Adversarially trained LeNet-5 on MNIST loses 1.3 to 2.1 points to ten starts of PGD."""
 
 
 @dataclass(frozen=True)
