@@ -40,6 +40,14 @@ def test_images_end_at_their_targets() -> None:
     assert torch.equal(result.success, result.prediction != y), "success stays that of the ledger: the label is lost"
 
 
+def test_what_was_fitted_without_a_class_is_not_aimed() -> None:
+    class Blind(PGD):
+        aimable = False
+
+    with pytest.raises(UserError, match="Blind was fitted without a class to aim at"):
+        Aimed(Blind(), 0)
+
+
 def test_it_is_the_attack_it_wraps() -> None:
     one = Aimed(StAdv(), 3)
     assert str(one.budget(LINF)) == str(StAdv().budget(LINF)) and one.parameters()["target"] == 3

@@ -113,7 +113,9 @@ def test_images_do_not_depend_on_one_another() -> None:
     torch.testing.assert_close(together, exact, rtol=0.02, atol=1e-3 * float(exact.max()))
 
 
-def test_a_model_of_somebody_else_and_one_without_second_derivatives(digits: Loaded, tmp_path: Path) -> None:
+def test_a_model_of_somebody_else_and_one_without_second_derivatives(
+    digits: Loaded, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Once(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -136,6 +138,7 @@ def test_a_model_of_somebody_else_and_one_without_second_derivatives(digits: Loa
     for model, known in ((trained_network(), True), (Guarded(), False)):
         brought = ExternalSystem(model, input_shape=(1, 8, 8), device="cpu", name="mine")
         assert (figures(brought, runner, 20) is not None) is known
+        assert ("mine: the curvature is left out: " in caplog.text) is not known
 
 
 def test_figures_are_of_the_images_that_are_right(digits: Loaded, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -117,6 +118,18 @@ def test_what_an_attack_warns_of_is_kept_with_its_rows(tmp_path: Path, caplog: p
     assert caplog.text.count("no slope anywhere") == 3  # once a chunk
     read = ledger.read(SYSTEM, DATA, Suspicious(), BALL, "adaptive", ORDER[:25], 7)
     assert read.remarks == told and run(tmp_path).remarks == ()
+
+
+class Inside(Jitter):
+    reads_layers: ClassVar[bool] = True
+
+    def run(self, view: View, x: Tensor, goal: Goal, threat: ThreatModel, seed: int, cost: Cost) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+def test_an_attack_that_reads_layers_is_not_cut_where_memory_is_short(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"10 images at once, which cannot be cut here: .*--chunk"):
+        Ledger(tmp_path, CHUNK).run(SYSTEM, DATA, Inside(), BALL, "adaptive", ORDER[:20])
 
 
 def test_progress_counts_found_and_computed_images(tmp_path: Path) -> None:
@@ -255,7 +268,7 @@ def test_no_flipped_byte_changes_a_row_unseen(tmp_path: Path) -> None:
     for at in range(0, len(content), 53):
         path.write_bytes(flipped(content, at))
         try:
-            rows = store.read(path, cell.key)
+            rows, _ = store.read(path, cell.key)
             pictures = store.read_images(path)
         except (OSError, ValueError, KeyError):
             seen += 1

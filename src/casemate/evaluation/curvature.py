@@ -6,6 +6,7 @@ masked gradients. Pixel units of [0, 1]: with images in [-1, 1] the eigenvalues 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from casemate.objectives import cross_entropy
 from casemate.seeding import generator
 from casemate.system import System, View
 from casemate.threat import Goal, untargeted
+
+log = logging.getLogger(__name__)
 
 ITERATIONS, TOLERANCE = 30, 1e-3
 TOGETHER = 50
@@ -47,10 +50,10 @@ def dominant_eigenvalue(view: View, x: Tensor, goal: Goal, seed: int = 0) -> Ten
 def figures(system: System, runner: Runner, images: int) -> dict[str, Any] | None:
     """{"median", "mean", "n"} over those of the first `images` that the system gets right: of the classifier alone,
     so that a purification does not hide it. Saturated images have next to none, and the two differ widely. None where
-    no image is right, where the logits are noisy, or where an operator has no second derivative.
+    no image is right, where the logits are noisy, or, said with the reason, where it cannot be computed: an operator
+    without a second derivative, too little memory.
     """
-    views = system.views()
-    face = views.get("static", views["adaptive"])
+    face = system.views()["static"]
     if system.stochastic:
         return None
     found = []
@@ -63,7 +66,8 @@ def figures(system: System, runner: Runner, images: int) -> dict[str, Any] | Non
                 continue
             try:
                 found.append(dominant_eigenvalue(face, x[right], untargeted(y[right])).cpu().numpy())
-            except (RuntimeError, NotImplementedError):
+            except RuntimeError as error:
+                log.warning("%s: the curvature is left out: %s", system.name, str(error).splitlines()[0])
                 return None
     if not found:
         return None

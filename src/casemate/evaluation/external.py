@@ -75,9 +75,6 @@ class ExternalSystem(TorchSystem):
     def device(self) -> torch.device:
         return self._device
 
-    def views(self) -> dict[str, View]:
-        return {"adaptive": View("adaptive", self.classifier, True, self.offers)}
-
     def hash(self) -> str:
         """Weights as far as they can be seen, the code, and the answers to fixed noise: weights may hide in both."""
         return hashlib.sha256(f"{super().hash()} {self._source} {self._answers}".encode()).hexdigest()[:16]

@@ -18,7 +18,6 @@ from casemate.evaluation.ledger import Cell
 from casemate.evaluation.masking import Finished
 from casemate.evaluation.plan import Planned, Runner
 from casemate.evaluation.probes import RandomCorners
-from casemate.evaluation.robustness import beats, common_images
 from casemate.evaluation.schema import GateParams
 from casemate.system import System
 from casemate.threat import ThreatModel
@@ -88,7 +87,8 @@ def run_gate(
     if params.restarts > 1:
         checks.append(masking.more_restarts(probes["fewer"], probes["restarts"], params))
     if params.losses:
-        checks.append(masking.loss_choice({n.removeprefix("loss_"): c for n, c in probes.items() if "loss_" in n}))
+        by_loss: dict[str, Cell] = {name: probes[f"loss_{name}"] for name in LOSSES if f"loss_{name}" in probes}
+        checks.append(masking.loss_choice(by_loss))
     if params.corners:
         # one start each: many random starts are a random search themselves
         white = [probes["pgd"], probes["fewer"], probes["fgsm"], *(f.cell for f in suites if f.white_box)]
@@ -107,11 +107,6 @@ def verdicts(cells: Sequence[Finished]) -> list[str]:
     said = []
     for mine in cells:
         rivals = [c for c in cells if c is not mine and c.planned.budget == mine.planned.budget]
-        weak = mine.planned.attack.upper_bound or any(_beats(rival.cell, mine.cell) for rival in rivals)
+        weak = mine.planned.attack.upper_bound or any(masking.outdoes(rival.cell, mine.cell)[0] for rival in rivals)
         said.append("upper bound" if weak else "ok")
     return said
-
-
-def _beats(first: Cell, second: Cell) -> bool:
-    images = common_images([first, second])
-    return beats(first.at(images).rows["success"], second.at(images).rows["success"])[0]

@@ -188,12 +188,13 @@ class Ledger:
 
     def _found(
         self, key: Mapping[str, Any], images: str, with_images: bool, *, redo: bool = False
-    ) -> tuple[Path, Rows] | None:
-        """A sound segment. A torn or foreign one is said, and counts as none; it is kept under another name if it is
-        to be redone. What the machine fails at is raised: the segment may be as sound as ever."""
+    ) -> tuple[Path, Rows, list[str]] | None:
+        """A sound segment: its file, its rows and its remarks. A torn or foreign one is said, and counts as none; it
+        is kept under another name if it is to be redone. What the machine fails at is raised: the segment may be as
+        sound as ever."""
         for path in self._paths(key, images)[: 1 if with_images else 2]:
             try:
-                return path, segments.read(path, key, verify_images=with_images)
+                return path, *segments.read(path, key, verify_images=with_images)
             except FileNotFoundError:
                 continue
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
@@ -217,9 +218,10 @@ class Ledger:
         for _, chunk in self._chunks(indices):
             found = self._found(key, data.fingerprint(chunk), with_images=False)
             if found is not None:
-                parts.append(found[1])
-                kept += [found[0]] if found[0].name.endswith(".images.parquet") else []
-                remarks |= dict.fromkeys(segments.read_remarks(found[0]))
+                path, part, said = found
+                parts.append(part)
+                kept += [path] if path.name.endswith(".images.parquet") else []
+                remarks |= dict.fromkeys(said)
         empty = {name: np.empty(0, dtype) for name, dtype in COLUMNS.items()}
         rows = {name: np.concatenate([empty[name], *(p[name] for p in parts)]) for name in COLUMNS}
         order = np.argsort(rows["index"], kind="stable")

@@ -57,14 +57,14 @@ class Finished:
 
 def single_step(fgsm: Cell, pgd: Cell) -> Check:
     """An iterative attack must not be weaker than one step."""
-    worse, p = _beats(fgsm, pgd)
+    worse, p = outdoes(fgsm, pgd)
     detail = f"FGSM leaves {_left(fgsm)}, PGD {_left(pgd)} of {len(pgd):,} images"
     return Check("iterative not weaker than one step", not worse, detail, p)
 
 
 def more_steps(fewer: Cell, more: Cell, params: GateParams) -> Check:
     """More steps must not be weaker."""
-    worse, p = _beats(fewer, more)
+    worse, p = outdoes(fewer, more)
     detail = (
         f"PGD-{params.fewer_steps} leaves {_left(fewer)}, PGD-{params.steps} {_left(more)} of {len(more):,} images"
     )
@@ -73,7 +73,7 @@ def more_steps(fewer: Cell, more: Cell, params: GateParams) -> Check:
 
 def more_restarts(once: Cell, often: Cell, params: GateParams) -> Check:
     """Another start must not change much, or a figure from a single one is too high."""
-    worse, p = _beats(often, once)
+    worse, p = outdoes(often, once)
     gain = _gain(often, once)
     detail = (
         f"one start of PGD-{params.fewer_steps} leaves {_left(once)}, {params.restarts} leave {_left(often)} "
@@ -86,7 +86,7 @@ def loss_choice(cells: Mapping[str, Cell]) -> Check:
     """Of {loss: APGD's cell}, none may leave far less than cross-entropy, the loss of most published figures."""
     ce = cells["ce"]
     name, best = min(((n, c) for n, c in cells.items() if n != "ce"), key=lambda pair: -_gain(pair[1], ce))
-    worse, p = _beats(best, ce)
+    worse, p = outdoes(best, ce)
     detail = f"APGD leaves {_left(ce)} by cross-entropy, {_left(best)} by {name}, of {len(ce):,} images"
     return Check("no loss far above cross-entropy", not (worse and _gain(best, ce) > MANY), detail, p, "attack")
 
@@ -95,7 +95,7 @@ def more_radius(series: Sequence[tuple[float, Cell]]) -> Check:
     """Accuracy must not rise with the radius; the worst step of the series is shown."""
     steps = []
     for (small, before), (large, after) in pairwise(series):
-        worse, p = _beats(before, after)
+        worse, p = outdoes(before, after)
         detail = (
             f"{_left(before)} is left at radius {radius_text(small)}, {_left(after)} at {radius_text(large)}, "
             f"of {len(after):,} images"
@@ -144,7 +144,7 @@ def static_above_adaptive(system: System, suites: Sequence[Finished]) -> list[Ch
         if not len(images):
             continue
         blind, aware = blind.at(images), aware.at(images)
-        stronger, p = _beats(aware, blind)
+        stronger, p = outdoes(aware, blind)
         gap = (int(aware.rows["success"].sum()) - int(blind.rows["success"].sum())) / len(images)
         detail = f"{name[1]}: static {_left(blind)} left, adaptive {_left(aware)} of {len(images):,} images"
         pairs.append((stronger and gap > FAR, -p, gap, detail))
@@ -217,7 +217,7 @@ def _attack_of(done: Finished) -> tuple[str, str]:
 # --- words --------------------------------------------------------------------------------------------------
 
 
-def _beats(first: Cell, second: Cell) -> tuple[bool, float]:
+def outdoes(first: Cell, second: Cell) -> tuple[bool, float]:
     """Whether `first` fells more of the images that both have finished, each under its own budget."""
     images = common_images([first, second])
     return beats(first.at(images).rows["success"], second.at(images).rows["success"])

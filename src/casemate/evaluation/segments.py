@@ -53,9 +53,10 @@ def write(
         temporary.unlink(missing_ok=True)
 
 
-def read(path: Path, key: Mapping[str, Any], *, verify_images: bool = False) -> Rows:
-    """The rows of a segment. Raises ForeignError if it is not the one asked for, a ValueError, KeyError or OSError
-    without a number if it does not fit its checksums or is no segment, and what the system says if it cannot be read.
+def read(path: Path, key: Mapping[str, Any], *, verify_images: bool = False) -> tuple[Rows, list[str]]:
+    """The rows of a segment, and what the attack remarked on the system. Raises ForeignError if it is not the one
+    asked for, a ValueError, KeyError or OSError without a number if it does not fit its checksums or is no segment,
+    and what the system says if it cannot be read.
     """
     with pq.ParquetFile(path) as file:
         table = file.read(columns=list(COLUMNS))
@@ -67,14 +68,7 @@ def read(path: Path, key: Mapping[str, Any], *, verify_images: bool = False) -> 
         raise ValueError("its checksum does not fit")
     if verify_images:
         read_images(path)
-    return rows
-
-
-def read_remarks(path: Path) -> list[str]:
-    """What the attack remarked on the system when the segment was made."""
-    meta: dict[bytes, bytes] = pq.read_schema(path).metadata or {}
-    found: list[str] = json.loads(meta.get(b"remarks", b"[]"))
-    return found
+    return rows, json.loads(meta.get("remarks", "[]"))
 
 
 def read_indices(path: Path) -> list[int]:

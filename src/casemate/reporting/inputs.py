@@ -118,7 +118,7 @@ class Check(Record):
     detail: str = ""
     p: Number = None
     concerns: Literal["system", "static", "attack"] = "system"
-    """Whether a failure discredits the system's figures or only those of static attacks."""
+    """What a failure discredits: the system's figures, those of static attacks, or single attacks."""
 
 
 class Gate(Record):
