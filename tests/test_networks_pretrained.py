@@ -16,6 +16,7 @@ from torch import nn
 from casemate.errors import UserError
 from casemate.networks import pretrained
 from casemate.networks.base import Classifier, Normalise, build_network, count_parameters
+from casemate.networks.encoders import ERVGG
 from casemate.networks.resnet101 import ResNet101
 from casemate.registry import resolve
 
@@ -135,6 +136,34 @@ def test_resnet_is_torchvisions_network(tmp_path: Path) -> None:
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
         torch.testing.assert_close(net(x), theirs((x - mean) / std), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("depth", "normed"), [(16, True), (19, False)])
+def test_the_encoder_of_er_may_begin_with_the_convolutions_of_a_vgg(
+    depth: Any, normed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"vgg{depth}" + "_bn" * normed
+    url = published.get_model_weights(name).IMAGENET1K_V1.url  # type: ignore[attr-defined]
+    assert ERVGG(depth=depth, batch_norm=normed).published() == url
+    torch.manual_seed(3)
+    theirs, path = published.get_model(name).features.eval(), tmp_path / "vgg.pth"
+    torch.save(
+        {f"features.{k}": v for k, v in theirs.state_dict().items()} | {"classifier.0.bias": torch.ones(2)}, path
+    )
+    given = {"depth": depth, "batch_norm": normed, "weights": str(path), "sha256": sha256(path)}
+    net, x = built("er_vgg", shape=(3, 32, 32), **given), torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        found = net.taps(x, ["pool"])["pool"]
+        torch.testing.assert_close(found, theirs((x - mean) / std).flatten(1), rtol=1e-4, atol=1e-5)
+    for odd, said in (
+        ({"width": 8}, "another network .tensor features.0.weight"),
+        ({"depth": 35 - depth}, "another"),
+    ):
+        with pytest.raises(UserError, match=said):
+            built("er_vgg", shape=(3, 32, 32), **{**given, **odd})
+    with pytest.raises(UserError, match="say something of weights, and there are none"):
+        built("er_vgg", shape=(3, 32, 32), sha256="0" * 64)
 
 
 def test_official_weights_are_taken_from_the_folder_or_fetched(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from casemate.errors import UserError
-from casemate.networks.shallow import quicken
+from casemate.networks.quick import quicken
 from casemate.registry import resolve
 
 Shape = tuple[int, int, int]

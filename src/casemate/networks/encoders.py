@@ -7,9 +7,11 @@ images to [-1, 1] and `er_vgg` takes ImageNet's mean and deviation from colour i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from casemate.errors import UserError
 from casemate.fields import Count, Flag, Unit, spec
 from casemate.networks.base import Classifier, NetworkSpec, Normalise, Shape, require_divisible
 from casemate.networks.blocks import GlobalMean
+from casemate.networks.pretrained import Weighted
 
 CriticOutput = Literal["logsigmoid", "linear"]
 
@@ -26,6 +29,11 @@ VGG = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 """Convolutions in each of the five stages, by depth."""
 WIDTHS = (1, 2, 4, 8, 8)
 """Of the stages, over that of the first."""
+PUBLISHED = {
+    (16, False): "vgg16-397923af", (16, True): "vgg16_bn-6c64b313",
+    (19, False): "vgg19-dcbb9e9d", (19, True): "vgg19_bn-c79401a0",
+}  # fmt: skip
+"""torchvision's files, by depth and whether there are batch norms."""
 
 
 @spec
@@ -72,13 +80,13 @@ def _strided(width_in: int, width_out: int, size: int, *, padding: int, normed: 
 
 
 @spec
-class ERVGG(NetworkSpec):
+class ERVGG(Weighted):
     """The convolutions of VGG16 or VGG19, and a code of 16 numbers: the CIFAR-10 encoder.
 
     With `batch_norm` (the default: a network that learns from scratch) 20,032,592 + 11,008 parameters for depth 19,
     and 14,731,344 for depth 16, which is that of the authors' later code; without it 20,032,592, which is what they
-    published with, from weights of an undisclosed origin. The head has 539,146 for 10 classes. Height and width are
-    multiples of 16; a `width` of 8 or so trains on a CPU.
+    published with, from weights of an undisclosed origin: `weights` begins with ImageNet's. The head has 539,146 for
+    10 classes. Height and width are multiples of 16; a `width` of 8 or so trains on a CPU.
     """
 
     depth: Literal[16, 19] = 19
@@ -99,14 +107,35 @@ class ERVGG(NetworkSpec):
                 wide = times * self.width
             layers[f"stage{number}"] = nn.Sequential(*stage)
         last = [nn.MaxPool2d(2)] if min(input_shape[1:]) >= 32 else []
+        if self.weights is None:
+            self._require_weights("sha256")
+        else:
+            self._begin([part for stage in layers.values() for part in stage.modules()])
         layers["pool"] = nn.Sequential(*last, GlobalMean())
         layers["code"] = nn.Linear(wide, self.code)
-        if normalise is None:
-            normalise = Normalise(*IMAGENET) if input_shape[0] == 3 else None
+        if self.weights is not None or (normalise is None and input_shape[0] == 3):
+            normalise = Normalise(*IMAGENET)
         return Classifier(
             input_shape=input_shape, num_classes=num_classes, layers=layers, head=self._head(num_classes),
             normalise=normalise,
         )  # fmt: skip
+
+    def published(self) -> str:
+        return f"https://download.pytorch.org/models/{PUBLISHED[self.depth, self.batch_norm]}.pth"
+
+    def _begin(self, parts: Sequence[nn.Module]) -> None:
+        """Fill the convolutions and norms among `parts`, in order, with those of torchvision's VGG."""
+        tensors, own = self._read(), [part for part in parts if isinstance(part, nn.Conv2d | nn.BatchNorm2d)]
+        inside = {key.split(".")[1] for key in tensors if key.startswith("features.")}
+        numbers = sorted(int(number) for number in inside if number.isdecimal())
+        if len(numbers) != len(own):
+            raise self._foreign(next(iter(tensors)))
+        for number, part in zip(numbers, own, strict=True):
+            here = {name: tensors.get(f"features.{number}.{name}", torch.empty(0)) for name in part.state_dict()}
+            odd = [name for name, value in part.state_dict().items() if here[name].shape != value.shape]
+            if odd:
+                raise self._foreign(f"features.{number}.{odd[0]}")
+            part.load_state_dict(here)
 
     def _convolution(self, width_in: int, width_out: int) -> list[nn.Module]:
         conv = nn.Conv2d(width_in, width_out, 3, padding=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,35 +22,66 @@ FOLDER = Path("data/weights")
 
 
 @spec
-class Pretrained(NetworkSpec):
-    """Base of networks of torchvision's that may begin with weights; without `weights` they begin at random.
+class Weighted(NetworkSpec):
+    """Base of networks that may begin with torchvision's weights; without `weights` they begin at random.
 
     With weights the first layer is the normaliser that these were trained with, not the data set's. A trained
     artifact is read without them: the fields named by `initial` say where training began, and nothing else.
     """
 
-    initial: ClassVar[frozenset[str]] = frozenset({"weights", "sha256", "rows"})
-    url: ClassVar[str]
-    """Of the published file, whose name ends with the beginning of its sha256."""
-    statistics: ClassVar[tuple[Sequence[float], Sequence[float]]]
-    """Mean and standard deviation that its input was normalised with."""
+    initial: ClassVar[frozenset[str]] = frozenset({"weights", "sha256"})
 
     weights: Text | None = None
     """"official", fetched unless it is in data/weights; or a file, .safetensors or one of torch.save with tensors
     alone, in torchvision's names."""
     sha256: Text | None = None
     """Of that file."""
+
+    @abstractmethod
+    def published(self) -> str:
+        """Where the official file is, whose name ends with the beginning of its sha256."""
+
+    def _read(self) -> dict[str, Tensor]:
+        """The tensors of `weights`. Raises UserError if they cannot be had."""
+        if self.weights == "official":
+            path = fetched(self.published())
+            return read_tensors(path, path.stem.rpartition("-")[2])
+        path = Path(str(self.weights))
+        if self.sha256 is None or len(self.sha256) != 64:
+            raise UserError(f"network {_name(self)}: weights from a file need its sha256, 64 digits")
+        return read_tensors(path, self.sha256)
+
+    def _require_weights(self, *others: str) -> None:
+        """Raise UserError where fields that say something of weights are set, and there are none."""
+        if any(getattr(self, name) for name in others):
+            raise UserError(
+                f"network {_name(self)}: {' and '.join(others)} say something of weights, and there are none"
+            )
+
+    def _foreign(self, tensor: str) -> UserError:
+        return UserError(f"network {_name(self)}: {self.weights} is of another network (tensor {tensor})")
+
+
+@spec
+class Pretrained(Weighted):
+    """A network of torchvision's, with its head."""
+
+    initial: ClassVar[frozenset[str]] = Weighted.initial | {"rows"}
+    url: ClassVar[str]
+    statistics: ClassVar[tuple[Sequence[float], Sequence[float]]]
+    """Mean and standard deviation that its input was normalised with."""
+
     rows: tuple[Natural, ...] = ()
     """Rows of the weights' head that become this one's classes, in order: a 10-class classifier out of a 1000-class
     one without training. Without them a head of another size begins at random."""
 
+    def published(self) -> str:
+        return self.url
+
     def begin(self, made: nn.Module, num_classes: int, normalise: Normalise | None) -> Normalise | None:
         """Fill `made`, whose head is `fc`, and give the normaliser to use. Raises UserError if anything is wrong."""
         if self.weights is None:
-            if self.rows or self.sha256:
-                raise UserError(
-                    f"network {_name(self)}: rows and sha256 say something of weights, and there are none"
-                )
+            self._require_weights("rows", "sha256")
             return normalise
         if normalise is None:
             raise UserError(f"network {_name(self)}: its weights need a normaliser: set normalise to true")
@@ -61,7 +93,7 @@ class Pretrained(NetworkSpec):
             tensors |= {key: own[key] for key in ("fc.weight", "fc.bias")}
         odd = sorted(own.keys() ^ tensors.keys()) or [k for k in own if own[k].shape != tensors[k].shape]
         if odd:
-            raise UserError(f"network {_name(self)}: {self.weights} is of another network (tensor {odd[0]})")
+            raise self._foreign(odd[0])
         made.load_state_dict(tensors)
         return Normalise(*self.statistics)
 
@@ -74,15 +106,6 @@ class Pretrained(NetworkSpec):
             )
         for key in ("fc.weight", "fc.bias"):
             tensors[key] = tensors[key][list(self.rows)]
-
-    def _read(self) -> dict[str, Tensor]:
-        if self.weights == "official":
-            path = fetched(self.url)
-            return read_tensors(path, path.stem.rpartition("-")[2])
-        path = Path(str(self.weights))
-        if self.sha256 is None or len(self.sha256) != 64:
-            raise UserError(f"network {_name(self)}: weights from a file need its sha256, 64 digits")
-        return read_tensors(path, self.sha256)
 
 
 def fetched(url: str) -> Path:

@@ -15,19 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from casemate.networks.blocks import float32_on_cpu
+
 LANES = 16
 """At most so many channels are made of a block, one register of float32: beyond, the larger kernel costs more than
 the lanes save."""
 PIXELS = 20_000
 """Smallest batch, in pixels of a channel: below, making the kernel costs more than it saves."""
-
-
-def quicken(network: nn.Module) -> None:
-    """Gives every convolution of `network` that has few input channels the fast input gradient, in place: weights,
-    names and outputs stay."""
-    for layer in network.modules():
-        if type(layer) is nn.Conv2d and block_of(layer, (64, 64)) is not None:
-            layer.__class__ = ShallowConv2d  # its layout is Conv2d's; a new layer would draw new weights
 
 
 def block_of(layer: nn.Conv2d, size: tuple[int, ...]) -> int | None:
@@ -77,13 +71,12 @@ class ShallowConv2d(nn.Conv2d):
 
 
 def _pays(x: Tensor) -> bool:
-    """Where the gradient of a batch is wanted, on a CPU, in float32 (kernels for bfloat16 fill their lanes by
-    themselves), and not while a graph is traced, which is to hold the layer as it is written."""
-    if not isinstance(x, Tensor) or x.dim() != 4 or not x.requires_grad or not torch.is_grad_enabled():
-        return False  # no Tensor: torch.fx calls with a stand-in
-    full = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    traced = not isinstance(x.shape[0], int) or torch.compiler.is_compiling()
-    return full and not traced and len(x) * x.shape[2] * x.shape[3] >= PIXELS
+    return own_gradient(x) and len(x) * x.shape[2] * x.shape[3] >= PIXELS
+
+
+def own_gradient(x: Any) -> bool:
+    """Where the gradient of a batch is wanted, and kernels for bfloat16 do not fill their lanes by themselves."""
+    return float32_on_cpu(x) and x.requires_grad and torch.is_grad_enabled()
 
 
 class _Blocked(torch.autograd.Function):
