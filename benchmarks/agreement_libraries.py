@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from casemate.networks.shallow import ShallowConv2d
+from casemate.networks.quick import usual
 from casemate.threat import ThreatModel
 
 Run = Callable[[Tensor, Tensor], Tensor]
@@ -33,9 +33,7 @@ ABOUT = {"pyautoattack": "the code of AutoAttack's authors as a package"}
 def plain(model: nn.Module) -> nn.Module:
     """A copy as a user of another library would have it: torch's own layers, contiguous."""
     copied = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    for layer in copied.modules():
-        if isinstance(layer, ShallowConv2d):
-            layer.__class__ = nn.Conv2d  # type: ignore[assignment]
+    usual(copied)
     return copied
 
 

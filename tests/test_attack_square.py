@@ -50,6 +50,8 @@ def test_the_pattern_of_l2_is_two_opposite_bumps_of_length_one() -> None:
         one = pattern(size)
         assert one.shape == (size, size) and float(one.norm()) == pytest.approx(1)
         assert (one[: size // 2] > 0).all() and (one[size // 2 :] < 0).all()
+        if size > 1:
+            assert float(one[: size // 2].norm()) == pytest.approx(0.5**0.5)
 
 
 def test_noise_is_drawn_for_every_image_and_does_not_depend_on_how_many_queries_follow() -> None:

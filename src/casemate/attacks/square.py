@@ -102,8 +102,9 @@ def bump(height: int, width: int) -> Tensor:
 
 
 def pattern(size: int) -> Tensor:
-    """The update of l2: two bumps of opposite sign, one above the other, of length 1."""
-    both = torch.cat([bump(size // 2, size), -bump(size - size // 2, size)])
+    """The update of l2: two bumps of opposite sign and equal length, one above the other, together of length 1."""
+    above, below = bump(size // 2, size), bump(size - size // 2, size)
+    both = torch.cat([above / above.norm(), -below / below.norm()])
     one: Tensor = both / both.norm()
     return one
 
