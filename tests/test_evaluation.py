@@ -208,6 +208,35 @@ def test_files_are_the_same_whoever_made_them(row: RowEvaluation, data: Evaluati
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adversarial.npz", "ledger.parquet"]
 
 
+class Veil(Shift):
+    """Gives attacks no slope to climb."""
+
+    spec: dict[str, Any] = {"veil": True}  # noqa: RUF012
+
+    def views(self, classifier: Any) -> dict[str, View]:
+        logits = lambda x: classifier(self(x)) + 0 * x.sum()  # noqa: E731
+        return {"adaptive": View("adaptive", logits, True, self.offers, (2, 2))}
+
+
+def test_a_purification_that_hides_its_gradient_is_found_out_by_its_classifier(
+    data: EvaluationSet, tmp_path: Path
+) -> None:
+    gate = {"images": 60, "steps": 4, "fewer_steps": 2, "unbounded_steps": 4, "restarts": 1, "losses": False,
+            "corners": 0, "curvature": 0}  # fmt: skip
+    veiled = TorchSystem(trained_network(), input_shape=(1, 8, 8), num_classes=10, purification=Veil())
+    pgd = {"attack": "pgd", "options": {"steps": 8}, "view": "adaptive"}
+    given, name = params(gate=gate, suites={"core": {"attacks": {"pgd": pgd}}}), "inference adds nothing unexplained"
+    for whole, passed in ((veiled, False), (purified(), True)):
+        candidates = [Candidate(whole, "imt"), Candidate(plain(), "off", primary=False)]
+        first, other = evaluate(tmp_path, data, candidates, given).report["systems"]
+        (check,) = (c for c in first["gate"]["checks"] if c["name"] == name)
+        assert check["passed"] is passed and "of 50 images" in check["detail"]
+        assert passed or first["gate"]["verdict"] == "unreliable"
+        assert other["gate"] == {"verdict": "not run", "static": "not run", "checks": []}
+    alone = evaluate(tmp_path, data, candidates[:1], given).report["systems"][0]
+    assert name not in [c["name"] for c in alone["gate"]["checks"]]
+
+
 # --- what runs ----------------------------------------------------------------------------------------------
 
 

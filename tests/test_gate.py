@@ -227,6 +227,23 @@ def test_static_attacks_are_no_better_for_being_many() -> None:
     assert check.passed and "no illusion in any of 1 attacks" in check.detail
 
 
+@pytest.mark.parametrize(("whole", "passed"), [(40, False), (60, True), (63, True)])
+def test_inference_must_not_leave_more_than_its_classifier(whole: int, passed: bool) -> None:
+    """Of 100 images 60 fall without what inference adds, in the union of two attacks; images that one side has not
+    finished are left out."""
+    halves = [cell([i < 40 for i in range(100)], NONE), cell([30 <= i < 60 for i in range(100)], NONE)]
+    bare = [Finished(planned(name), half) for name, half in zip(("pgd", "cw"), halves, strict=True)]
+    mine = [Finished(planned("pgd"), down(whole)), Finished(planned("pgd", view="static"), down(10))]
+    (check,) = masking.above_own_classifier(mine, bare, BALL)
+    assert check.passed is passed and check.concerns == "system"
+    assert check.detail.startswith(f"the worst case leaves {100 - whole}.0 %, and 40.0 % of the classifier alone")
+    assert ("raise the budgets" in check.detail) is not passed
+    few = Finished(planned("few"), cell([0] * 3, [0] * 3))
+    (check,) = masking.above_own_classifier([*mine, few], bare, BALL)
+    assert check.passed and "of 3 images" in check.detail
+    assert masking.above_own_classifier(mine, [], BALL) == []
+
+
 def test_random_search_is_allowed_a_little_luck() -> None:
     corners = cell([0] * 90 + [1] * 10, NONE)
     assert not masking.random_search(corners, [down(50)], BALL).passed

@@ -93,11 +93,16 @@ def run_gate(
         # one start each: many random starts are a random search themselves
         white = [probes["pgd"], probes["fewer"], probes["fgsm"], *(f.cell for f in suites if f.white_box)]
         checks.append(masking.random_search(probes["corners"], white, runner.threat))
-    failed = {check.concerns for check in checks if not check.passed}
+    return entry([check.as_dict() for check in checks], system.changes_inference)
+
+
+def entry(checks: Sequence[dict[str, Any]], changes_inference: bool) -> dict[str, Any]:
+    """What a row reports of these checks: {"verdict", "static", "checks"}."""
+    failed = {check["concerns"] for check in checks if not check["passed"]}
     return {
         "verdict": "unreliable" if "system" in failed else "ok",
-        "static": ("unreliable" if "static" in failed else "ok") if system.changes_inference else "not run",
-        "checks": [check.as_dict() for check in checks],
+        "static": ("unreliable" if "static" in failed else "ok") if changes_inference else "not run",
+        "checks": list(checks),
     }
 
 

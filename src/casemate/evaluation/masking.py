@@ -159,6 +159,28 @@ def static_above_adaptive(system: System, suites: Sequence[Finished]) -> list[Ch
     return [Check("static not far above adaptive", not failed, f"{detail}; {said}", -p, "static")]
 
 
+def above_own_classifier(whole: Sequence[Finished], bare: Sequence[Finished], threat: ThreatModel) -> list[Check]:
+    """What a defense adds at inference must not leave more than its classifier has without it, attacked by itself:
+    where it does, the adaptive attacks are the likelier reason. `whole` and `bare` are the suites of the two.
+
+    No defense of the kind has been found to gain anything once it was attacked as a whole (Croce et al. 2022).
+    """
+    cells = {name: [f.cell for f in suites if len(f.cell)] for name, suites in (("whole", whole), ("bare", bare))}
+    if not all(cells.values()):
+        return []
+    images = common_images([cell for mine in cells.values() for cell in mine])
+    if not len(images):
+        return []
+    down = {n: np.any([fallen(cell.at(images), threat) for cell in mine], axis=0) for n, mine in cells.items()}
+    above, p = beats(down["bare"], down["whole"])
+    left = {name: _percent(int((~rows).sum()), len(images)) for name, rows in down.items()}
+    detail = (
+        f"the worst case leaves {left['whole']}, and {left['bare']} of the classifier alone, of {len(images):,} "
+        "images" + ("; raise the budgets of the adaptive attacks before claiming the difference" if above else "")
+    )
+    return [Check("inference adds nothing unexplained", not above, detail, p)]
+
+
 def above_clean(suites: Sequence[Finished]) -> list[Check]:
     """A white-box attack that makes more images right than wrong does not climb the system's loss. One check for
     each face, the published protocol counting as static; the attack that leaves most right is shown."""

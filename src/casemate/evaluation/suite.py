@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from casemate.attacks.learned import FittedAttack
-from casemate.evaluation import curvature, gate, robustness
+from casemate.evaluation import curvature, gate, masking, robustness
 from casemate.evaluation.band import band_entry
 from casemate.evaluation.gallery import gallery
 from casemate.evaluation.images import EvaluationSet
@@ -117,6 +117,7 @@ def evaluate_row(
     jobs = [_Job(c, runner, params, about, bind or bind_source(source), say) for c in candidates]
     say(f"{about.row}: {sum((job.cost() for job in jobs), Cost())}")
     results = [job.run() for job in jobs]
+    _compare_with_classifier(jobs, results, threat)
     primary = next((i for i, candidate in enumerate(candidates) if candidate.primary), 0)
     floors = [floor.model_dump(exclude={"rows"}) for floor in params.floors if about.row in floor.rows]
     return RowEvaluation(
@@ -163,6 +164,19 @@ class _Result:
     suites: list[Finished]
     rows: list[tuple[dict[str, str], Cell]]
     """Every cell the entry was computed from, with its labels."""
+
+
+def _compare_with_classifier(jobs: Sequence[_Job], results: Sequence[_Result], threat: ThreatModel) -> None:
+    """Where the gate was run on a system that changes inference and its classifier alone was evaluated, too, the
+    comparison of the two joins the gate's checks."""
+    bare = next((result for job, result in zip(jobs, results, strict=True) if not job.system.changes_inference), None)
+    for job, result in zip(jobs, results, strict=True):
+        if bare is None or not job.plan.gate or not job.system.changes_inference:
+            continue
+        whole, alone = (_covering(which.suites, threat) for which in (result, bare))
+        found = masking.above_own_classifier(whole, alone, threat)
+        checks = [*result.entry["gate"]["checks"], *(check.as_dict() for check in found)]
+        result.entry["gate"] = gate.entry(checks, job.system.changes_inference)
 
 
 class _Job:
