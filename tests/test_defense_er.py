@@ -32,6 +32,8 @@ def small(**options: Any) -> ER:
     [
         ({"steps": 20}, 22, 22),  # DEFENSES 9: K + 2 forwards, K input gradients, 2 weight gradients
         ({"min_max": False}, 1, 1),
+        ({"rule": "separate", "steps": 20}, 24, 24),
+        ({"rule": "separate", "min_max": False}, 2, 2),
         ({"rule": "compat_official", "steps": 20}, 25, 24),
         ({"rule": "compat_official", "steps": 20, "pgd_labels": "true"}, 24, 24),
         ({"rule": "compat_official", "min_max": False}, 2, 2),
@@ -67,7 +69,7 @@ def test_players_are_disjoint_and_their_rates_are_shares_of_the_recipes() -> Non
     assert rates == pytest.approx({"encoder": 0.01, "head": 0.002, "critic": 0.0025})
 
 
-@pytest.mark.parametrize("rule", ["joint", "compat_official"])
+@pytest.mark.parametrize("rule", ["joint", "separate", "compat_official"])
 def test_the_critics_parameters_are_clipped(rule: Any) -> None:
     bench, (x, y) = Bench(small(critic_clip=0.02, rule=rule)), batch()
     assert max(float(p.detach().abs().max()) for p in bench.modules["critic"].parameters()) > 0.02
@@ -186,6 +188,33 @@ def test_delay_puts_adversarial_images_off() -> None:
     assert counts == [1, 5]
 
 
+# --- the paper's steps ----------------------------------------------------------------------------------------
+
+
+def test_separate_steps_are_those_of_the_joint_loss_taken_apart() -> None:
+    """With plain SGD the encoder's two moves are the gradients of the two terms, the second at moved weights; the
+    head sees the first alone."""
+    sgd = Recipe(epochs=1, lr=1e-4, optimizer="sgd", momentum=0.0, precision="fp32")
+    apart, (x, y) = Bench(small(rule="separate", regulariser=30.0, critic_clip=1e6), recipe=sgd), batch()
+    joint = Bench(small(regulariser=30.0, critic_clip=1e6), recipe=sgd)
+    q_before, moves, heads = apart.encoder(), [], []
+    for players in apart.stepping(x, y):
+        moves.append(
+            (players, torch.cat([(a - b).flatten() for a, b in zip(q_before, apart.encoder(), strict=True)]))
+        )
+        q_before = apart.encoder()
+        heads.append(apart.part("head"))
+    assert [players for players, _ in moves] == [("critic",), ("encoder", "head"), ("encoder",)]
+    assert same(heads[1], heads[2]) and not same(heads[0], heads[1])
+    (_, stood), (_, named), (_, aligned) = moves
+    assert not stood.any() and aligned.norm() > 0
+    before = joint.encoder()
+    joint.step(x, y)
+    whole = torch.cat([(a - b).flatten() for a, b in zip(before, joint.encoder(), strict=True)])
+    assert F.cosine_similarity(whole - named, aligned, dim=0) > 0.95
+    assert same(joint.part("head"), heads[-1])
+
+
 # --- the authors' step --------------------------------------------------------------------------------------
 
 
@@ -233,7 +262,10 @@ def test_official_training_freezes_statistics_after_the_first_epoch() -> None:
 # --- as a whole ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"min_max": False}, {"steps": 2}, {"steps": 2, "rule": "compat_official"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"min_max": False}, {"steps": 2}, {"steps": 2, "rule": "separate"}, {"steps": 2, "rule": "compat_official"}],
+)
 def test_it_learns_one_batch(options: dict[str, Any]) -> None:
     bench, (x, y) = Bench(small(**options, head_lr_scale=1.0), threat=ThreatModel("linf", 0.02)), batch()
     bench.f.eval()
@@ -270,7 +302,7 @@ def test_inference_is_the_classifier_alone() -> None:
     assert not system.changes_inference
 
 
-@pytest.mark.parametrize("rule", ["joint", "compat_official"])
+@pytest.mark.parametrize("rule", ["joint", "separate", "compat_official"])
 def test_a_resumed_run_is_an_unbroken_one(rule: Any, tmp_path: Any) -> None:
     straight, resumed = straight_and_resumed(small(steps=1, rule=rule), tmp_path)
     assert same_weights(weights(resumed), weights(straight))

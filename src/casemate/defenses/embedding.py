@@ -72,10 +72,12 @@ class MatchedPrior(EncoderAndHead):
         critic = task.player(own, lr_scale=self.critic_lr_scale, after_step=clip)
         return {**super().players(task, modules), "critic": critic}
 
-    def joint(
-        self, ctx: Context, images: Sequence[Tensor], entropy: Callable[[list[Tensor]], Tensor]
-    ) -> Iterator[Update]:
-        """D on the codes of all `images`, then Q and C on entropy(codes) + regulariser x mean D(codes).
+    def matched(
+        self, ctx: Context, images: Sequence[Tensor], entropy: Callable[[list[Tensor]], Tensor], *,
+        separate: bool = False,
+    ) -> Iterator[Update]:  # fmt: skip
+        """D on the codes of all `images`, then Q and C on entropy(codes) + regulariser x mean D(codes); or, with
+        `separate`, Q and C on the first, and Q on the second in a step of its own, which encodes anew.
 
         Each batch of images goes through Q once, apart from the others: D's update makes the codes, and their graph
         is kept for the update of Q and C, which follows before Q has changed. With perturbed weights that graph would
@@ -97,15 +99,26 @@ class MatchedPrior(EncoderAndHead):
                 codes = torch.cat(encoded())
             return apart(ctx, critic, prior, codes)
 
+        def named(codes: list[Tensor]) -> Tensor:
+            value = entropy(codes)
+            ctx.log(entropy=value)
+            return value
+
+        def aligned(codes: list[Tensor]) -> Tensor:
+            value: Tensor = critic(torch.cat(codes)).float().mean()
+            ctx.log(aligned=value)
+            return self.regulariser * value
+
         def joint_loss() -> Tensor:
             codes = kept or encoded()
-            named, aligned = entropy(codes), critic(torch.cat(codes)).float().mean()
-            ctx.log(entropy=named, aligned=aligned)
-            total: Tensor = named + self.regulariser * aligned
-            return total
+            return named(codes) + aligned(codes)
 
         yield Update(("critic",), critic_loss)
-        yield Update(("encoder", "head"), joint_loss)
+        if separate:
+            yield Update(("encoder", "head"), lambda: named(kept or encoded()))
+            yield Update(("encoder",), lambda: aligned(encoded()))
+        else:
+            yield Update(("encoder", "head"), joint_loss)
 
 
 def apart(ctx: Context, critic: nn.Module, prior: Tensor, codes: Tensor) -> Tensor:

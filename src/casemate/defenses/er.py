@@ -28,7 +28,8 @@ class ER(AscentSchedule, MatchedPrior):
     """The defaults are MNIST's at radius 0.3: 40 steps of 0.01. CIFAR-10 at 0.03 has 20 of 0.01, STL10 20 of 0.0078.
 
     Passes per batch of K steps, "joint": K + 2 forwards, K input gradients, 2 weight gradients (one of each without
-    `min_max`); "compat_official": K + 5, K and 4 (two of each). The authors' code repeats some of these forwards.
+    `min_max`); "separate": K + 4, K and 4 (two of each); "compat_official": K + 5, K and 4 (two of each). The
+    authors' code repeats some of these forwards.
     """
 
     steps: Count = 40
@@ -41,9 +42,11 @@ class ER(AscentSchedule, MatchedPrior):
     """What the cross-entropy is of: the mean of clean and adversarial (code), or adversarial alone (paper)."""
     pgd_labels: Literal["true", "predicted"] | None = None
     """The labels that crafting moves away from; by default "true", and "predicted" in "compat_official"."""
-    rule: Literal["joint", "compat_official"] = "joint"
-    """One step of Q and C on the whole loss; or the authors' sequence of steps on gradients that add up, and their
-    test routine's side effect, which leaves BatchNorm and dropout in eval mode after the first epoch."""
+    rule: Literal["joint", "separate", "compat_official"] = "joint"
+    """One step of Q and C on the whole loss; or, as in the paper's algorithm, one on the cross-entropy and a step of
+    its own for Q on the regulariser, whose weight then counts for nothing under Adam; or the authors' sequence of
+    steps on gradients that add up, and their test routine's side effect, which leaves BatchNorm and dropout in eval
+    mode after the first epoch."""
 
     def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
         classifier = cast(Classifier, ctx.modules["classifier"])
@@ -58,7 +61,10 @@ class ER(AscentSchedule, MatchedPrior):
             each = [F.cross_entropy(classifier.head(z).float(), y) for z in counted]
             return torch.stack(each).mean()
 
-        yield from (self.joint if self.rule == "joint" else self.official)(ctx, images, entropy)
+        if self.rule == "compat_official":
+            yield from self.official(ctx, images, entropy)
+        else:
+            yield from self.matched(ctx, images, entropy, separate=self.rule == "separate")
 
     def official(
         self, ctx: Context, images: Sequence[Tensor], entropy: Callable[[list[Tensor]], Tensor]

@@ -46,4 +46,4 @@ class ERTrades(AscentSchedule, MatchedPrior):
             ctx.log(natural=natural, robust=robust)
             return natural + self.beta * robust
 
-        yield from self.joint(ctx, [x, x_adv], entropy)
+        yield from self.matched(ctx, [x, x_adv], entropy)

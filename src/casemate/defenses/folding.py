@@ -50,8 +50,8 @@ def folded(*modules: nn.Module) -> Iterator[None]:
 
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Convolutions of our own are whole, as those of torch are."""
-        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+        """Convolutions and norms of our own are whole, as those of torch are."""
+        return isinstance(m, nn.Conv2d | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def foldable(module: nn.Module) -> list[Pair]:
