@@ -1,5 +1,7 @@
 """Stage export_detectors: the detectors of a row as ONNX, each with its classifier in one file that can reject.
 
+Each has been through the release gate and lies with its card in a folder named after it.
+
 python -m pipeline.export_detectors --row standard
 """
 
@@ -16,8 +18,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from casemate.deploy.onnx_system import OnnxSystem
+    from casemate.deploy.served import Fallen
     from casemate.detectors.base import DetectorSystem
     from casemate.params import Params
+    from casemate.threat import ThreatModel
 
 
 def run(params: Params, options: argparse.Namespace) -> None:
@@ -36,18 +40,22 @@ def run(params: Params, options: argparse.Namespace) -> None:
 
 
 def export_all(params: Params, row: str, out: Path) -> dict[str, Any]:
-    """One file per stored detector, its parity report beside it, and what is left of it under attack."""
+    """One folder per stored detector: the file, its parity report, its cards; and what is left of it under attack."""
     from casemate.data import load_dataset
+    from casemate.deploy import card as cards
     from casemate.deploy.metadata import about_card
     from casemate.deploy.onnx_system import OnnxSystem
     from casemate.deploy.parity import Labelled, export_with_parity
+    from casemate.deploy.release import detector_card, judge_by_source
     from casemate.detectors.base import DetectorSystem
     from casemate.evaluation.detection_protocol import load_detector
+    from casemate.threat import ThreatModel
     from casemate.training.artifact import load_artifact
     from pipeline.detect import victim
 
     classifier, card = victim(params, row, "cpu")
-    stored = params.models_dir / "detectors" / row
+    trained = load_artifact(params.models_dir / "trained" / row)[1]
+    stored, threat = params.models_dir / "detectors" / row, ThreatModel(params.threat.norm, params.threat.radius)
     test = load_dataset(params.dataset, RAW).test
     images = Labelled(test.images, test.labels)
     files = []
@@ -56,36 +64,44 @@ def export_all(params: Params, row: str, out: Path) -> dict[str, Any]:
             classifier, load_detector(stored / name, classifier), input_shape=classifier.input_shape,
             num_classes=classifier.num_classes, name=f"{row}+{name}",
         )  # fmt: skip
-        path = out / f"{name}.onnx"
+        folder = out / name
+        folder.mkdir()
         checked = export_with_parity(
-            system, path, about_card(load_artifact(params.models_dir / "trained" / row)[1], row), images,
-            n=params.export.parity_images, options=options_of(params),
+            system, folder / cards.MODEL, about_card(trained, row), images, n=params.export.parity_images,
+            options=options_of(params),
         )  # fmt: skip
-        left = attacked(params, row, OnnxSystem(path, "cpu"), system)
-        files.append({**summary(path.name, checked), "detector": name, **left})
-        print(f"{row} {name}: {path.name}, parity passed, {100 * left['served']['accuracy']:.1f} % left of "
-              f"{left['served']['n']}")  # fmt: skip
+        write_json(folder / "parity.json", checked)
+        file = OnnxSystem(folder / cards.MODEL, "cpu")
+        found = attacked(params, row, file, system, threat)
+        gate = judge_by_source(found, params.release.margin, checked["checks"])
+        made = detector_card(file, trained, name, found, gate, threat, profile=params.profile, budget=params.budget)
+        cards.write(made, folder)
+        left = found.report()
+        files.append({
+            **summary(f"{name}/{cards.MODEL}", checked), "detector": name, "gate": gate.passed, **left,
+        })  # fmt: skip
+        print(f"{row} {name}: the gate is {'passed' if gate.passed else 'NOT passed'}, "
+              f"{100 * left['served']['accuracy']:.1f} % left of {left['served']['n']}")  # fmt: skip
     return {"row": row, "method": card["defense"]["method"], "files": files}
 
 
-def attacked(params: Params, row: str, file: OnnxSystem, system: DetectorSystem) -> dict[str, Any]:
-    """What the joint attack on the PyTorch system, sent to the file, and black-box attacks on the file leave. An
-    image that is rejected is not fooled; a clean one that is rejected is an error."""
+def attacked(
+    params: Params, row: str, file: OnnxSystem, system: DetectorSystem, threat: ThreatModel
+) -> Fallen:  # fmt: skip
+    """What the joint attack on the PyTorch system, sent to the file, and black-box attacks on the file fell. An image
+    that is rejected is not fooled; a clean one that is rejected is an error."""
     from casemate.data import load_dataset
     from casemate.deploy.served import Search, attack_file
     from casemate.evaluation.images import EvaluationSet, evaluation_order
-    from casemate.threat import ThreatModel
     from pipeline.detect import protocol_of
 
     data = EvaluationSet(load_dataset(params.dataset, RAW).test)
     x, y = data.take(evaluation_order(len(data))[: params.export.attack_images])
     joint = protocol_of(params, params.detect[row]).adaptive
-    found = attack_file(
-        file, x, y, ThreatModel(params.threat.norm, params.threat.radius),
-        Search(params.export.attack_queries, seed=params.seed), source=system,
+    return attack_file(
+        file, x, y, threat, Search(params.export.attack_queries, seed=params.seed), source=system,
         attacks={} if joint is None else {"joint": joint},
     )  # fmt: skip
-    return found.report()
 
 
 if __name__ == "__main__":

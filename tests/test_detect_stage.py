@@ -12,6 +12,7 @@ import torch
 from attack_toys import digits, system, trained_network
 
 from casemate.attacks.gradient import FGSM
+from casemate.deploy import card as cards
 from casemate.detectors.kd import KD
 from casemate.detectors.lid import LID
 from casemate.errors import UserError
@@ -187,3 +188,21 @@ def test_the_stage_depends_on_what_it_reads(smoke: Project) -> None:
     stages = smoke.python("-c", code).stdout
     assert stages.strip() == "['download', 'pretrain@standard'] True"
     assert "didn't change, skipping" in smoke.dvc("repro", "detect@standard").stdout
+
+
+@pytest.mark.slow
+def test_a_detectors_file_goes_through_the_gate_and_has_its_card(smoke: Project) -> None:
+    smoke.dvc("repro", "export_detectors@standard")
+    (entry,) = smoke.json("reports/smoke/export_detectors/standard.json")["files"]
+    folder = smoke.folder / "models/smoke/exported_detectors/standard/kd"
+    card = cards.verify(folder)
+    assert (entry["file"], entry["gate"]) == ("kd/model.onnx", card.gate is not None and card.gate.passed)
+    assert card.form == "detector" and "detector" in card.outputs and card.provenance.mode == "kd"
+    assert card.gate is not None and card.gate.table is not None and card.gate.table.attacks == ("joint",)
+    assert card.clean is not None and card.gate.served.accuracy <= card.clean.accuracy == entry["clean"]["accuracy"]
+    assert card.gate.served.n == card.gate.table.n == 30 and card.robust == {}
+    text = (folder / "MODEL_CARD.md").read_text()
+    assert "with a detector beside it" in text and "no robust accuracy" not in text
+    (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes() + b" ")
+    with pytest.raises(UserError, match="was changed or exchanged"):
+        cards.verify(folder)

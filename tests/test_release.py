@@ -19,7 +19,7 @@ from casemate.deploy.export import ExportOptions, export_system
 from casemate.deploy.metadata import About
 from casemate.deploy.onnx_system import OnnxSystem
 from casemate.deploy.parity import Labelled, parity_report
-from casemate.deploy.release import Table, judge, make_card, read_table
+from casemate.deploy.release import Table, judge, judge_by_source, make_card, read_table
 from casemate.deploy.served import Fallen, Search, attack_file, crafted, reachable
 from casemate.errors import UserError
 from casemate.evaluation import robustness
@@ -160,6 +160,20 @@ def test_a_failed_parity_and_a_system_without_a_worst_case_do_not_pass() -> None
     assert not judge(fell(0, 0), table(np.zeros(100, bool)), np.arange(100), 0.5, [check]).passed
     gate = judge(fell(0, 0), None, np.arange(100), 0.5, [])
     assert not gate.passed and gate.table is None and [c.name for c in gate.checks] == ["evaluated"]
+
+
+def test_a_system_of_no_evaluation_is_compared_with_what_was_crafted_on_it(found: Fallen) -> None:
+    assert list(found.source) == ["apgd"] and found.source["apgd"].any()
+    assert np.array_equal(found.source["apgd"], found.attacks["transfer of apgd"])
+    gate = judge_by_source(found, 0.5, [])
+    assert gate.table is not None and gate.table.attacks == ("apgd",)
+    crafted = int((found.clean | found.source["apgd"]).sum())
+    assert gate.table.accuracy == pytest.approx(1 - crafted / N)
+    black_box = int(found.all.sum()) - crafted
+    for margin in (0.0, black_box / N, 1.0):
+        assert judge_by_source(found, margin, []).passed is (black_box <= margin * N)
+    blind = judge_by_source(fell(0, 0), 0.5, [])
+    assert not blind.passed and blind.table is None
 
 
 def test_a_true_file_passes_and_a_broken_one_does_not(

@@ -11,6 +11,7 @@ FORMS = {
     "plain": "the classifier alone",
     "imt": "the classifier behind IMT, whose gradient is part of the graph",
     "limited": "the classifier behind the limited form of IMT, whose gradient is part of the graph",
+    "detector": "the classifier with a detector beside it: an image is to be rejected where `detector` is above 0",
 }
 LAYOUTS = {
     "float32-nchw": "N x {0} x {1} x {2} float32 in [0, 1]",
@@ -27,7 +28,7 @@ def model_card(card: Card) -> str:
         f"{FORMS.get(card.form, card.form)}, in {card.variant}.",
         _numbers(card),
         _verdict(card),
-        _gate(card.gate),
+        _gate(card.gate, card.form),
         _use(card),
         _provenance(card),
     ]
@@ -49,7 +50,9 @@ def _numbers(card: Card) -> str:
     if card.gate is not None:
         lines.append(f"| this file, attacked as it is served | {_share(card.gate.served)} |")
     lines += ["", "An image counts only if it survives every attack; clean errors count as failures."]
-    if not card.robust:
+    if card.form == "detector":
+        lines.append("A clean image that is rejected is an error; an attacked one that is rejected fooled nobody.")
+    elif not card.robust:
         lines.append("This file has no robust accuracy: its evaluation has no adaptive worst case.")
     return "\n".join(lines)
 
@@ -62,14 +65,15 @@ def _verdict(card: Card) -> str:
     return words.get(card.verdict, f"Masking gate: {card.verdict}.")
 
 
-def _gate(gate: Gate | None) -> str:
+def _gate(gate: Gate | None, form: str) -> str:
     if gate is None:
         return "## Release gate\n\nThis file has not been through it."
+    whose = "what the same attack leaves PyTorch" if form == "detector" else "the evaluation's worst case"
     said = "passed" if gate.passed else "**failed: do not serve this file for its robustness**"
     lines = [
         "## Release gate", "",
-        f"{said}. Attacked as served, through ONNX Runtime: {', '.join(gate.served.attacks)}. Margin under the "
-        f"evaluation's worst case: {100 * gate.margin:g} points.", "",
+        f"{said}. Attacked as served, through ONNX Runtime: {', '.join(gate.served.attacks)}. Margin under "
+        f"{whose}: {100 * gate.margin:g} points.", "",
         "| check | value | bound | |", "|---|---|---|---|",
     ]  # fmt: skip
     return "\n".join([*lines, *map(_check, gate.checks)])

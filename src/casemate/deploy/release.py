@@ -99,14 +99,32 @@ def judge(
         ))  # fmt: skip
         return Gate(passed=False, margin=margin, served=served, table=None, checks=tuple(checks))
     same = Worst(**rate(table.at(indices)), attacks=table.attacks)
-    bound = same.accuracy - margin
+    return _against(served, same, margin, checks, "the evaluation leaves")
+
+
+def judge_by_source(found: Fallen, margin: float, parity: Sequence[Mapping[str, Any]]) -> Gate:
+    """As `judge`, for a system that no evaluation knows: the table is what the attacks on the PyTorch system leave of
+    the very images that the file was attacked with. Without such attacks the gate fails, as without a table."""
+    from casemate.evaluation.robustness import rate
+
+    if not found.source:
+        return judge(found, None, np.arange(len(found.clean)), margin, parity)
+    checks = [Check(**{key: check[key] for key in Check.model_fields}) for check in parity]
+    served = Worst(**rate(found.all), attacks=tuple(found.attacks))
+    down = np.any([found.clean, *found.source.values()], axis=0)
+    table = Worst(**rate(down), attacks=tuple(found.source))
+    return _against(served, table, margin, checks, "the same attack leaves PyTorch")
+
+
+def _against(served: Worst, table: Worst, margin: float, checks: list[Check], words: str) -> Gate:
+    """The verdict on `checks` and on what is `served`, against the `table` of the same images; `words` say whose."""
+    bound = table.accuracy - margin
     checks.append(Check(
         name="served", value=served.accuracy, bound=bound, at_least=True, passed=served.accuracy >= bound - 1e-12,
-        detail=f"share left of {served.n} images, attacked as served; of these the evaluation leaves "
-        f"{same.accuracy:.4g}",
+        detail=f"share left of {served.n} images, attacked as served; of these {words} {table.accuracy:.4g}",
     ))  # fmt: skip
     return Gate(
-        passed=all(check.passed for check in checks), margin=margin, served=served, table=same, checks=tuple(checks)
+        passed=all(check.passed for check in checks), margin=margin, served=served, table=table, checks=tuple(checks)
     )
 
 
@@ -115,26 +133,52 @@ def make_card(
 ) -> Card:
     """The card of an exported file. `trained` is the card of the row's training, `evaluation` the row's evaluate/ROW
     report. Raises UserError for a file that is none of ours or is of another data set than the row."""
+    entry = system_of(evaluation, mode)
+    clean, verdict = (None, "not run") if entry is None else (entry.get("clean"), entry["gate"]["verdict"])
+    return _card(
+        file, trained, mode, gate, profile=evaluation["profile"], budget=evaluation["budget"],
+        threat=Threat(norm=evaluation["threat"]["norm"], radius=evaluation["threat"]["radius"]),
+        clean=None if clean is None else Rate(**{key: clean[key] for key in Rate.model_fields}),
+        robust={} if entry is None else worst_of(entry), verdict=verdict,
+    )  # fmt: skip
+
+
+def detector_card(
+    file: OnnxSystem, trained: Mapping[str, Any], detector: str, found: Fallen, gate: Gate, threat: ThreatModel, *,
+    profile: str, budget: float,
+) -> Card:  # fmt: skip
+    """The card of a classifier with a detector beside it, all of whose numbers are those of the release gate. Raises
+    as `make_card`."""
+    from casemate.evaluation.robustness import rate
+
+    made = _card(
+        file, trained, detector, gate, profile=profile, budget=budget,
+        threat=Threat(norm=threat.norm, radius=threat.radius), clean=Rate(**rate(found.clean)), robust={},
+        verdict="not run",
+    )  # fmt: skip
+    return made.model_copy(update={"form": "detector"})
+
+
+def _card(
+    file: OnnxSystem, trained: Mapping[str, Any], mode: str, gate: Gate | None, *, profile: str, budget: float,
+    threat: Threat, clean: Rate | None, robust: dict[str, Worst], verdict: str,
+) -> Card:  # fmt: skip
     metadata = file.metadata
     if metadata is None:
         raise UserError(f"{file.path} was not exported by casemate, so there is no card for it")
     about = metadata.about
     if about.dataset != trained["dataset"] or list(about.classes) != list(trained["classes"]):
         raise UserError(f"{file.path} is for {about.dataset}, and its row for {trained['dataset']}; export it again")
-    entry = system_of(evaluation, mode)
-    clean, verdict = (None, "not run") if entry is None else (entry.get("clean"), entry["gate"]["verdict"])
     return Card(
         file=MODEL, sha256=file_sha256(file.path), size=file.path.stat().st_size, dataset=about.dataset,
         classes=about.classes,
         input=Input(name=file.model.input.name, shape=file.model.input.shape, layout=metadata.layout),
-        outputs=tuple(file.outputs), form=metadata.form, variant=metadata.variant,
-        threat=Threat(norm=evaluation["threat"]["norm"], radius=evaluation["threat"]["radius"]),
-        clean=None if clean is None else Rate(**{key: clean[key] for key in Rate.model_fields}),
-        robust={} if entry is None else worst_of(entry), verdict=verdict, gate=gate,
+        outputs=tuple(file.outputs), form=metadata.form, variant=metadata.variant, threat=threat, clean=clean,
+        robust=robust, verdict=verdict, gate=gate,
         provenance=Provenance(
-            profile=evaluation["profile"], row=about.row, mode=mode, method=about.defense,
+            profile=profile, row=about.row, mode=mode, method=about.defense,
             network=trained["network"]["name"], data_checksum=trained["data_checksum"], seed=trained.get("seed"),
-            epochs=trained.get("effective_epochs"), budget=evaluation["budget"], code_version=about.code_version,
+            epochs=trained.get("effective_epochs"), budget=budget, code_version=about.code_version,
         ),
     )  # fmt: skip
 

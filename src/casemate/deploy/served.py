@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,13 @@ class Search:
 class Fallen:
     """Which of N images are wrong, by what was tried, in that order; each attack meets those that stood before it.
 
-    `clean` (N,) bool: wrong as they came. `attacks`: name -> (N,) bool.
+    `clean` (N,) bool: wrong as they came. `attacks`: name -> (N,) bool. `source`: the same of the PyTorch system, by
+    what was crafted on it.
     """
 
     clean: np.ndarray
     attacks: Mapping[str, np.ndarray]
+    source: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def all(self) -> np.ndarray:
@@ -77,15 +79,18 @@ def attack_file(
     clean = (_decided(file, x) != y).cpu().numpy()  # to reject a clean image is an error, too
     standing: np.ndarray = ~clean
     found: dict[str, np.ndarray] = {}
+    fooled: dict[str, np.ndarray] = {}
 
-    def tried(name: str, images: Callable[[Tensor, Tensor, int], Tensor]) -> None:
+    def tried(name: str, images: Callable[[Tensor, Tensor, int], Tensor], seen: np.ndarray | None = None) -> None:
         nonlocal standing
         fell = np.zeros(len(y), dtype=bool)
         for rows in _chunks(np.flatnonzero(standing)):
             at = torch.from_numpy(rows)
             made = images(x[at], at, search.seed + int(rows[0]))
-            inside = threat.contains(made, x[at]).cpu().numpy()
-            fell[rows] = inside & untargeted(y[at]).reached(_decided(file, made)).cpu().numpy()
+            inside, goal = threat.contains(made, x[at]).cpu().numpy(), untargeted(y[at])
+            fell[rows] = inside & goal.reached(_decided(file, made)).cpu().numpy()
+            if source is not None and seen is not None:
+                seen[rows] = inside & goal.reached(source.decide(made)).cpu().numpy()
         standing, found[name] = standing & ~fell, fell
         if progress is not None:
             progress(f"{name}: {100 * standing.mean():.1f} % left")
@@ -97,11 +102,12 @@ def attack_file(
         tried("stored", lambda part, at, seed: stored[at])
     if source is not None:
         for name, attack in (attacks or crafted(source, search)).items():
-            tried(f"transfer of {name}", by(attack, source))
+            fooled[name] = np.zeros(len(y), dtype=bool)
+            tried(f"transfer of {name}", by(attack, source), fooled[name])
     tried("square", by(Square(queries=search.queries), file))
     if threat.norm in RayS.norms:
         tried("rays", by(RayS(queries=search.queries), file))
-    return Fallen(clean, found)
+    return Fallen(clean, found, fooled)
 
 
 def crafted(source: System, search: Search) -> dict[str, Attack]:
