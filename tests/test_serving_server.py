@@ -283,6 +283,20 @@ def test_clients_that_leave_and_clients_that_speak_something_else(server: Server
     lives(server)
 
 
+def test_a_client_that_sends_on_reads_why_it_is_refused(server: Server) -> None:
+    with connected(server) as connection:
+        connection.sendall(b"GET\r\n\r\n" + b"x" * (1 << 20))
+        answer = b""
+        while part := connection.recv(1 << 16):  # raises if the connection is reset
+            answer += part
+        assert b"400 Bad Request" in answer and answer.endswith(b'"}')
+        start = time.monotonic()
+        with pytest.raises(ConnectionError):  # it is not heard for ever
+            while time.monotonic() < start + 15:
+                connection.sendall(b"x" * (1 << 16))
+    lives(server)
+
+
 def test_chunked_bodies_and_kept_connections(server: Server) -> None:
     picture_bytes = picture()
     chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(picture_bytes), picture_bytes)

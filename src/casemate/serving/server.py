@@ -19,6 +19,7 @@ from casemate.serving.limits import Limits
 KEEP_ALIVE = 10  # seconds between requests of one connection
 GRACE = 10  # seconds that requests in flight have at the end
 BACKLOG = 512
+PARTING = 1  # second that a refused client has to read why and to end
 
 
 class PatientProtocol(H11Protocol):
@@ -30,6 +31,7 @@ class PatientProtocol(H11Protocol):
     open: ClassVar[set[PatientProtocol]] = set()
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
+    _parting = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -40,7 +42,11 @@ class PatientProtocol(H11Protocol):
         self._start(self.limits.headers, self._slow_headers)
 
     def data_received(self, data: bytes) -> None:
+        if self._parting:
+            return
         super().data_received(data)
+        if self._parting:
+            return
         if self.transport.is_closing():
             self._stop()
         elif self.conn.their_state is h11.IDLE:
@@ -87,7 +93,18 @@ class PatientProtocol(H11Protocol):
         answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
         for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        self._part()
+
+    def _part(self) -> None:
+        """Close after the client has: to close with something unread resets the connection, and what was answered can
+        be lost with it."""
+        if self.transport.is_closing():
+            return
+        self._parting = True
+        self.flow.resume_reading()
+        self.transport.write_eof()
+        self._stop()
+        self._start(PARTING, self.transport.abort)
 
     def _slow_headers(self) -> None:
         if self.conn.trailing_data[0]:
