@@ -19,7 +19,7 @@ from casemate.seeding import derive
 from casemate.system import frozen
 from casemate.trainable import Context, Task, Trainable
 from casemate.training import memory, precision
-from casemate.training.averages import LogMeans, WeightAverage
+from casemate.training.averages import WeightAverage
 from casemate.training.awp import WeightPerturbation
 from casemate.training.checkpoint import Checkpoints
 from casemate.training.compiled import compiled, first_lines, in_backward
@@ -29,8 +29,9 @@ from casemate.training.progress import display
 from casemate.training.recipe import Recipe
 from casemate.training.recorder import NullRecorder, Recorder
 from casemate.training.signals import Interruption
-from casemate.training.snapshot import copy_into, named_tensors, pack_optimizers, under, unpack_optimizers
-from casemate.training.updates import NotFinite, Updates, require_finite
+from casemate.training.snapshot import copy_into
+from casemate.training.state import RunState
+from casemate.training.updates import NotFinite, Updates
 from casemate.training.validation import CHUNK, can_validate, validate
 
 CHECK_STEPS, CHECK_SECONDS = 50, 2.0  # how often the loop waits for the device
@@ -108,14 +109,14 @@ def train(
     return trained
 
 
-class _Run:
-    """The state of one training run, and the steps that change it."""
+class _Run(RunState):
+    """One training run: its state, and the steps that change it."""
 
     def __init__(
         self, method: Trainable, task: Task, data: TrainingData, val_data: TrainingData | None, recipe: Recipe,
         seed: int, device: torch.device, augment: tuple[int, bool], recorder: Recorder,
     ) -> None:  # fmt: skip
-        self.method, self.data, self.recipe, self.seed, self.device = method, data, recipe, seed, device
+        self.method, self.data, self.recipe, self.seed = method, data, recipe, seed
         self.recorder, (self.pad, self.flip) = recorder, augment
         self.replays = method.updates_per_batch
         self.per_epoch = recipe.batches(len(data))
@@ -128,32 +129,28 @@ class _Run:
         if recipe.select == "best" and self.val_data is None:
             raise UserError("recipe select: best needs a validation split and a defense; use select: last")
 
-        self._seed_torch("modules")
-        self.modules = method.modules(self.task)
+        seed_torch(device, seed, "modules")
+        modules = method.modules(self.task)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        for module in self.modules.values():
+        for module in modules.values():
             module.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         self.layout = layout
-        sized = [self.modules["classifier"]] if "classifier" in self.modules else list(self.modules.values())
+        sized = [modules["classifier"]] if "classifier" in modules else list(modules.values())
         self.precision = precision.choose(recipe.precision, device, sized)
-        players = method.players(self.task, self.modules)
-        perturbation = WeightPerturbation(self.modules, recipe) if recipe.awp else None
-        self.updates = Updates(players, self.precision, device, perturbation)
-        self.average = WeightAverage(self.modules, recipe.ema) if recipe.ema else None
-        self.logs = LogMeans(device)
+        players = method.players(self.task, modules)
+        perturbation = WeightPerturbation(modules, recipe) if recipe.awp else None
+        updates = Updates(players, self.precision, device, perturbation)
+        average = WeightAverage(modules, recipe.ema) if recipe.ema else None
         self.rng = torch.Generator()
         self.draw = Draw(data, self.rng, pad=self.pad, flip=self.flip)
-        self.context = Context(
-            self.modules, task.threat, rng=self.rng, draw=self.draw, victim=task.victim,
+        context = Context(
+            modules, task.threat, rng=self.rng, draw=self.draw, victim=task.victim,
             autocast=lambda: precision.autocast(self.precision, device),
         )  # fmt: skip
-        self.epoch = self.batch = self.step = 0
-        self.curves: list[dict[str, float]] = []
-        self.best: dict[str, Tensor] = {}
-        self.best_score, self.best_epoch = -1.0, 0.0
+        super().__init__(modules, updates, average, context, device)
         self.advance: Callable[[Tensor, Tensor], None] = self._body
         self.at_hand: tuple[Tensor, Tensor, Tensor] | None = None
-        self._parts = [part for module in self.modules.values() for part in module.modules()]
+        self._parts = [part for module in modules.values() for part in module.modules()]
 
     def identity(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Everything that decides the result, JSON-able."""
@@ -172,8 +169,8 @@ class _Run:
     def to_the_end(self, store: Checkpoints | None, interruption: Interruption, progress: bool) -> Trained:
         self.store, self.interruption = store, interruption
         found = store.load() if store is not None else None
-        if found is not None:
-            self._restore(*found)
+        if store is not None and found is not None:
+            self.restore(*found, f"checkpoint {store.folder}")
         self.display = display(progress, self.steps, self.steps / self.per_epoch, self.step)
         self.context.note = self.display.note
         try:
@@ -185,7 +182,7 @@ class _Run:
             with self._as_fast_as_asked():
                 while self.epoch * self.per_epoch < self.total and not self.context.stop:
                     self._epoch()
-            return self._result()
+            return self._trained()
         except NotFinite as error:
             raise UserError(self._explain(error)) from None
         except torch.AcceleratorError as error:
@@ -241,7 +238,7 @@ class _Run:
 
     def _step(self, x: Tensor, y: Tensor, indices: Tensor) -> None:
         self.rng.manual_seed(derive(self.seed, "step", self.step))
-        self._seed_torch("step", self.step)
+        seed_torch(self.device, self.seed, "step", self.step)
         context = self.context
         context.step, context.epoch, context.indices = self.step, self.epoch, indices
         context.fraction = self.step / self.steps
@@ -273,7 +270,7 @@ class _Run:
 
     def _close_epoch(self, *, last: bool) -> None:
         self._check()
-        require_finite(self.modules, self.updates.players, self.step)
+        self.require_finite()
         measured: dict[str, float] = {}
 
         def measure() -> dict[str, float]:
@@ -285,7 +282,7 @@ class _Run:
         if last or (every and (self.epoch + 1) % every == 0):
             measure()
         self.rng.manual_seed(derive(self.seed, "epoch_end", self.epoch))
-        self._seed_torch("epoch_end", self.epoch)
+        seed_torch(self.device, self.seed, "epoch_end", self.epoch)
         with self.draw.plain():
             self.method.epoch_end(self.context, measure)
         if self.context.stop:
@@ -296,14 +293,14 @@ class _Run:
         self.updates.reset()
         self.logs.reset()
         self.curves.append(row)
-        self._keep(row)
+        self.keep(row, best=self.recipe.select == "best")
         self.epoch, self.batch = self.epoch + 1, 0
         self.recorder.metrics(row, step=self.epoch)
         self.display.epoch(self.step, row)
         self._save()
 
     def _validate(self, data: TrainingData) -> dict[str, float]:
-        weights = self._weights()
+        weights = self.result
 
         def work() -> dict[str, float]:
             return validate(
@@ -313,17 +310,9 @@ class _Run:
 
         return memory.in_pieces(work, weights.get("classifier"), CHUNK, self.display.note)
 
-    def _keep(self, row: dict[str, float]) -> None:
-        """Hold on to the best epoch's weights, or else to those that the method wants kept."""
-        score = row.get("val_robust", -1.0)
-        if score > self.best_score if self.recipe.select == "best" else self.context.keep:
-            self.best_score, self.best_epoch = score, row["epoch"]
-            self.best = {key: tensor.detach().clone() for key, tensor in named_tensors(self._weights()).items()}
-        self.context.keep = False
-
-    def _result(self) -> Trained:
+    def _trained(self) -> Trained:
         self.updates.clear()
-        modules = self._weights()
+        modules = self.result
         earlier = bool(self.best) and (self.recipe.select == "best" or self.context.stop)
         if earlier:
             copy_into(modules, self.best, "an earlier epoch")
@@ -332,19 +321,7 @@ class _Run:
         done = self.step / self.per_epoch
         return Trained(modules, self.curves, done, self.step, self.best_epoch if earlier else done, self.precision)
 
-    def _weights(self) -> dict[str, nn.Module]:
-        """The modules whose weights are the result so far."""
-        return self.modules if self.average is None else self.average.modules
-
-    # --- seeds, checkpoints, mistakes -----------------------------------------------------------------------------
-
-    def _seed_torch(self, *parts: object) -> None:
-        """Seed the default generators of the CPU and of this device; others belong to somebody else."""
-        seed = derive(self.seed, "torch", *parts)
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            index = torch.cuda.current_device() if self.device.index is None else self.device.index
-            torch.cuda.default_generators[index].manual_seed(seed)
+    # --- checkpoints, mistakes ------------------------------------------------------------------------------------
 
     def _check(self) -> float | None:
         """Wait for the device; the mean loss since the last time. Raises NotFinite."""
@@ -355,46 +332,9 @@ class _Run:
         if self.store is None:
             return
         self._check()
-        require_finite(self.modules, self.updates.players, self.step)
-        optimizers, plain = pack_optimizers(self.updates.players)
-        groups = {
-            "module": named_tensors(self.modules),
-            "average": {} if self.average is None else named_tensors(self.average.modules),
-            "optimizer": optimizers,
-            "state": self.context.state,
-            "best": self.best,
-            "log": self.logs.sums,
-        }
-        body = {
-            "at": [self.epoch, self.batch, self.step],
-            "stop": self.context.stop,
-            "curves": self.curves,
-            "best": [self.best_score, self.best_epoch],
-            "losses": [self.updates.sums, self.updates.counts],
-            "logs": self.logs.counts,
-            "optimizers": plain,
-            "leaves": [key for key, tensor in self.context.state.items() if tensor.requires_grad],
-        }
-        self.store.save({f"{g}/{key}": t for g, tensors in groups.items() for key, t in tensors.items()}, body)
+        self.require_finite()
+        self.store.save(*self.packed())
         self.saved = time.monotonic()
-
-    def _restore(self, tensors: dict[str, Tensor], body: dict[str, Any]) -> None:
-        assert self.store is not None
-        what = f"checkpoint {self.store.folder}"
-        copy_into(self.modules, under("module", tensors), what)
-        if self.average is not None:
-            copy_into(self.average.modules, under("average", tensors), what)
-        unpack_optimizers(self.updates.players, under("optimizer", tensors), body["optimizers"])
-        self.context.state.update({k: t.to(self.device) for k, t in under("state", tensors).items()})
-        for key in body["leaves"]:
-            self.context.state[key].requires_grad_()
-        self.best = {k: t.to(self.device) for k, t in under("best", tensors).items()}
-        self.logs.sums = {k: t.to(self.device) for k, t in under("log", tensors).items()}
-        self.logs.counts = body["logs"]
-        self.updates.sums, self.updates.counts = body["losses"]
-        (self.epoch, self.batch, self.step), self.curves = body["at"], body["curves"]
-        self.best_score, self.best_epoch = body["best"]
-        self.context.stop = body["stop"]
 
     def _interrupted(self) -> None:
         self._save()
@@ -418,14 +358,23 @@ class _Run:
         assert self.at_hand is not None
         x, y, indices = self.at_hand
         said = f"out of memory at step {self.step} with batch_size {self.recipe.batch_size}"
-        self.advance, size = self._body, len(x) // 2
-        while size:
+        self.advance = self._body
+
+        def step(size: int) -> None:
             self.updates.clear()
-            memory.free()
             self.context.indices = indices[:size]
-            try:
-                self._body(x[:size], y[:size])
-                return f"{said}: {size} fits (set batch_size, and lower lr with it){self._kept()}"
-            except (RuntimeError, MemoryError) as error:
-                size = size // 2 if memory.out_of_memory(error) else 0
+            self._body(x[:size], y[:size])
+
+        size = memory.fitting(step, len(x) // 2)
+        if size:
+            return f"{said}: {size} fits (set batch_size, and lower lr with it){self._kept()}"
         return f"{said}, and no smaller batch fits: take a smaller network or a larger device{self._kept()}"
+
+
+def seed_torch(device: torch.device, seed: int, *parts: object) -> None:
+    """Seed the default generators of the CPU and of this device; others belong to somebody else."""
+    made = derive(seed, "torch", *parts)
+    torch.default_generator.manual_seed(made)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(made)

@@ -26,6 +26,19 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+def fitting(work: Callable[[int], None], size: int) -> int:
+    """The first of `size`, its half, its quarter and so on for which `work` has memory; 0 if one is too much, too, or
+    if it fails in another way."""
+    while size:
+        free()
+        try:
+            work(size)
+            return size
+        except (RuntimeError, MemoryError) as error:
+            size = size // 2 if out_of_memory(error) else 0
+    return size
+
+
 def in_pieces(work: Callable[[], T], module: nn.Module | None, images: int, say: Callable[[str], None]) -> T:
     """`work()`, and where memory does not suffice again with `module` seeing its batches of `images` in halves,
     quarters and so on. The work must be one that can be repeated. Batches are cut inside the module, so nothing else
