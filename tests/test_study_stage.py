@@ -149,6 +149,7 @@ def test_files_are_small_and_named_after_model_and_attack(tmp_path: Path) -> Non
 def test_the_report_waits_for_the_study() -> None:
     stages = dag.load(".")
     assert "study" in stages["report"].upstream and "evaluate@standard" in stages["study"].upstream
+    assert "train@at_pgd" in stages["study"].upstream  # the oracle is a row that need not be evaluated
 
 
 def test_off_it_writes_an_index_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
