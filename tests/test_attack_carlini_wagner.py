@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from test_attack_gradient import away_from, linear_problem
 from torch import Tensor, nn
 
 from casemate.attacks.carlini_wagner import CWL2, CWAdam, Weight
+from casemate.attacks.diagnostics import AttackWarning
 from casemate.attacks.gradient import PGD
 from casemate.errors import UserError
 from casemate.evaluation import robustness
@@ -34,6 +36,18 @@ def test_it_finds_the_distance_to_a_linear_boundary() -> None:
     ratio = l2(result.x_adv, x) / distances
     assert bool(result.success.all())
     assert float(ratio.min()) > 0.9999 and float(ratio.max()) < 1.02
+
+
+def test_too_few_steps_for_black_and_white_pixels_are_remarked() -> None:
+    victim, x, y, _, _ = linear_problem(2)
+    x, threat = x.round(), ThreatModel("l2", 1.0)
+    with pytest.warns(AttackWarning, match=r"100% of them are\); 725 steps, or rate 0.18, do"):
+        stuck = CWL2(steps=40, rounds=1)(victim, x, untargeted(y), threat)
+    assert float(l2(stuck.x_adv, x).max()) < 0.05
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CWL2(steps=40, rounds=1, rate=0.2)(victim, x, untargeted(y), threat)
+        CWL2(steps=40, rounds=1)(victim, 0.2 + 0.6 * x, untargeted(y), threat)
 
 
 def test_it_finds_the_distance_to_each_target() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from attack_toys import digits, system, trained_network
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
 from casemate.attacks.carlini_wagner import CWL2
 from casemate.attacks.gradient import FGSM, PGD
@@ -89,9 +91,9 @@ def test_minimum_norm_attacks_are_kept_in_the_bound() -> None:
     x, y = digits()
     x, y = x[1500:1520], y[1500:1520]
     victim, threat = system(trained_network(), (1, 8, 8), 10), ThreatModel("l2", 0.3)
-    free = CWL2(steps=60, rounds=2, first_weight=1.0)(victim, x, goal_of(y), threat).x_adv
+    free = CWL2(steps=60, rate=0.2, rounds=2, first_weight=1.0)(victim, x, goal_of(y), threat).x_adv
     assert float((free - x).flatten(1).norm(dim=1).max()) > 0.3
-    kept = crafted(victim, CWL2(steps=60, rounds=2, first_weight=1.0), threat, x, y, seed=0)
+    kept = crafted(victim, CWL2(steps=60, rate=0.2, rounds=2, first_weight=1.0), threat, x, y, seed=0)
     assert bool(threat.contains(kept, x).all())
 
 
@@ -141,10 +143,19 @@ def test_the_protocol() -> None:
     # The joint attack is run on what can be deployed, and gets further than the blind one.
     assert {row["detector"] for row in table["adaptive"]} == {"kd", "kd_half", "lid"}
     for row in table["adaptive"]:
-        assert row["n"] == 30 and row["accuracy"] == pytest.approx(1 - row["evaded"])
+        assert row["n"] == 30 and row["accuracy"] <= 1 - row["evaded"] + 1e-6
     blind = next(r for r in strict if r["tested_on"] == "pgd")
     joint = next(r for r in table["adaptive"] if r["detector"] == "kd" and r["fitted_on"] == "pgd")
     assert joint["accuracy"] < blind["acc_com"]
+
+
+def test_a_clean_error_is_no_image_that_the_whole_system_kept() -> None:
+    class Harmless(Joint):
+        def __call__(self, system: Any, x: Tensor, *rest: Any, **more: Any) -> Any:
+            return SimpleNamespace(success=torch.zeros(len(x), dtype=torch.bool), prediction=system.decide(x))
+
+    table = protocol_table(splits=1, adaptive=Harmless(), adaptive_images=320)
+    assert all(row["evaded"] == 0 and 0.8 < row["accuracy"] < 1 for row in table["adaptive"])
 
 
 def test_the_protocol_repeats_and_its_seed_matters() -> None:

@@ -414,6 +414,7 @@ def test_a_comment_keeps_the_key_and_code_changes_it(tmp_path: Path, monkeypatch
 
 def test_the_engine_and_the_network_are_code_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from casemate.attacks.gradient import PGD
+    from casemate.attacks.iwda import IWDA
     from casemate.attacks.transfer import Transfer
 
     def changed(part: str, attack: object) -> bool:
@@ -430,6 +431,7 @@ def test_the_engine_and_the_network_are_code_too(monkeypatch: pytest.MonkeyPatch
     assert not changed("learned", PGD()) and not changed("transfer", PGD())
     assert changed("evaluation_toys", Jitter())
     assert changed("transfer", Transfer().with_source(linear(3)))
+    assert changed("singan", IWDA()) and changed("patch_pyramid", IWDA())
 
 
 def test_libraries_are_not_code_of_ours() -> None:

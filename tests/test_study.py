@@ -45,6 +45,26 @@ def test_the_denominator_is_what_was_right_before() -> None:
     assert s.success(nothing)["asr"] is None and s.success(nothing)["n"] == 0
 
 
+def test_what_lies_beyond_the_budget_is_no_hit() -> None:
+    inside = np.array([True, True, False, True, True, True])
+    assert (s.success(case(counts=inside))["hits"], s.success(case(counts=inside))["n"]) == (2, 5)
+
+
+def test_a_minimum_norm_attack_counts_inside_the_threat_model_as_on_the_leaderboard(tmp_path: Path) -> None:
+    from casemate.attacks.carlini_wagner import CWL2
+    from casemate.evaluation.robustness import fallen
+    from casemate.threat import ThreatModel
+
+    system = linear()
+    data = images(system, n=20, wrong=2)
+    attack, far = CWL2(steps=60, rounds=4, rate=0.05, first_weight=10.0), ThreatModel("l2", 9.0)
+    cell = Ledger(tmp_path, chunk=10).run(system, data, attack, far, "static", list(range(20)))
+    assert s.success(Attacked.of_cell("linear", "cw_l2", cell))["asr"] == 1
+    threat = ThreatModel("l2", float(np.median(cell.rows["l2"])))
+    figures = s.success(Attacked.of_cell("linear", "cw_l2", cell, within=threat))
+    assert figures["accuracy"] == pytest.approx(1 - fallen(cell, threat).mean()) and 0.2 < figures["asr"] < 0.8
+
+
 def test_a_targeted_attack_counts_images_that_are_not_at_their_target() -> None:
     figures = s.success(case(targets=np.array([1, 1, 1, 0, 1, 1])))
     assert (figures["hits"], figures["n"]) == (2, 4)  # the third has its label for a target, the last was wrong

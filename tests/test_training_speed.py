@@ -22,6 +22,7 @@ from casemate.errors import UserError
 from casemate.fields import spec
 from casemate.networks.base import build_network
 from casemate.objectives import cross_entropy
+from casemate.randomised import GaussianNoise, drawn
 from casemate.system import TorchSystem
 from casemate.threat import ThreatModel, untargeted
 from casemate.trainable import Context, Update
@@ -255,6 +256,25 @@ def test_an_attack_that_does_not_fit_is_made_in_pieces_with_the_same_result() ->
     assert torch.equal(plain.success, cut.success)
     torch.testing.assert_close(cut.x_adv, plain.x_adv)
     assert torch.equal(plain.cost.forwards, cut.cost.forwards) and net._compiled_call_impl is None
+
+
+def test_pieces_repeat_the_noise_of_their_draw() -> None:
+    """The gradient is taken when the draw is over, and must be that of the logits that were seen."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        GaussianNoise(0.5), nn.Flatten(), nn.Linear(16, 8), GaussianNoise(0.5), nn.Tanh(), nn.Linear(8, 3)
+    )
+    x = torch.rand(6, *SHAPE)
+
+    def slope() -> Tensor:
+        leaf = x.clone().requires_grad_()
+        with drawn(net.eval(), "a use"):
+            out = net(leaf)
+        return torch.autograd.grad(out.square().sum(), leaf)[0]
+
+    plain = slope()
+    with memory.cut(net, 2):
+        torch.testing.assert_close(slope(), plain)
 
 
 def test_one_image_that_does_not_fit_is_an_error_in_one_line() -> None:

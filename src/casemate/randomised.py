@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from casemate.errors import UserError
 from casemate.seeding import generator
 from casemate.system import TorchSystem, View
+
+Key: TypeAlias = tuple[object, ...] | None
+"""What a noise layer's draw is for, or None for torch's global generator."""
 
 
 class GaussianNoise(nn.Module):
@@ -29,7 +33,7 @@ class GaussianNoise(nn.Module):
     def __init__(self, sigma: float) -> None:
         super().__init__()
         self.sigma = sigma
-        self.key: tuple[object, ...] | None = None
+        self.key: Key = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.key is None:
@@ -49,11 +53,23 @@ def noise_layers(model: nn.Module) -> list[GaussianNoise]:
 @contextmanager
 def drawn(model: nn.Module, *use: object) -> Iterator[None]:
     """While open, every noise layer of `model` adds the noise of this use: the same at every call."""
-    layers = noise_layers(model)
-    before = [layer.key for layer in layers]
+    keys: list[Key] = [("noise", *use, number) for number in range(len(noise_layers(model)))]
+    with keyed(model, keys):
+        yield
+
+
+def noise_keys(model: nn.Module) -> list[Key]:
+    """What its noise layers draw by at the moment."""
+    return [layer.key for layer in noise_layers(model)]
+
+
+@contextmanager
+def keyed(model: nn.Module, keys: Sequence[Key]) -> Iterator[None]:
+    """While open, the noise layers of `model` draw by these keys, as `noise_keys` gave them."""
+    layers, before = noise_layers(model), noise_keys(model)
     try:
-        for number, layer in enumerate(layers):
-            layer.key = ("noise", *use, number)
+        for layer, key in zip(layers, keys, strict=True):
+            layer.key = key
         yield
     finally:
         for layer, key in zip(layers, before, strict=True):

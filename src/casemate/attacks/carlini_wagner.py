@@ -5,6 +5,8 @@ The "CW" of the linf tables is neither: that is projected ascent on the margin, 
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from casemate.attacks.base import Attack, Cost
+from casemate.attacks.diagnostics import AttackWarning
 from casemate.attacks.minimise import (
     Finished,
     Judge,
@@ -42,6 +45,8 @@ CHECKS = 10
 STILL = 0.9999
 FAREST = 7.25
 """atanh(0.999999): steps over Adam's rate that a black pixel needs to become grey. Until then nothing has settled."""
+SATURATED = 1e-3
+"""A pixel this near to black or white starts where the tanh is flat."""
 PATIENCE = 100
 """Steps of CWAdam before a round may end for want of progress."""
 NEARBY = 1e-5
@@ -74,6 +79,7 @@ class CWL2(Attack):
     the whole batch, by the sum of its objectives, so that an image's result depends on the others.)"""
 
     def run(self, view: View, x: Tensor, goal: Goal, threat: ThreatModel, seed: int, cost: Cost) -> Tensor:
+        self._warn_if_short(x)
         judge = self._distance_of_successes(view)
         task = Task(TanhBox(), Adam(self.rate), self._objective, judge, self.steps, self._settled())
         best, kept = x.new_full((len(x),), torch.inf), x.clone()
@@ -93,6 +99,17 @@ class CWL2(Attack):
     def passes(self, view: View, n: int) -> tuple[int, int, int]:
         looks = n * self.steps * self.rounds
         return looks * view.passes[0], looks * view.passes[1], 0
+
+    def _warn_if_short(self, x: Tensor) -> None:
+        """Where most pixels are black or white and cannot become grey in a round, next to nothing can be changed."""
+        needed = math.ceil(FAREST / self.rate)
+        stuck = float(((x < SATURATED) | (x > 1 - SATURATED)).float().mean())
+        if self.steps < needed and stuck > 0.5:
+            line = (
+                f"C&W's {self.steps} steps at rate {self.rate:g} move no black or white pixel ({stuck:.0%} of them "
+                f"are); {needed} steps, or rate {FAREST / self.steps:.2g}, do"
+            )
+            warnings.warn(line, AttackWarning, stacklevel=3)
 
     def _objective(self, logits: Tensor, x_adv: Tensor, live: Live) -> Tensor:
         distance = (x_adv - live.x).flatten(1).square().sum(1)

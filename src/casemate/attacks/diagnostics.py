@@ -33,7 +33,7 @@ def zero_gradient_share(view: View, x: Tensor, goal: Goal, objective: Objective 
 
 
 class AttackWarning(UserWarning):
-    """Something about a system that makes an attack's figure mislead."""
+    """Something about a system, or about an attack's settings, that makes its figure mislead."""
 
 
 def before_attack(view: View, x: Tensor, goal: Goal, clean: Tensor) -> list[str]:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from casemate.errors import UserError
+from casemate.evaluation.robustness import contained
 from casemate.evaluation.stored import Images, OnDemand, Stored, Take
 
 if TYPE_CHECKING:
     from casemate.evaluation.ledger import Cell
+    from casemate.threat import ThreatModel
 
 STORED = ("labels", "x_clean", "x_adv", "prediction_clean", "prediction_adv")
 
@@ -34,6 +36,8 @@ class Attacked:
     x_adv: Images | None = None
     """N x C x H x W float32 in [0, 1]; needed for distances and pictures alone. The ledger's are read when they are
     asked for."""
+    counts: np.ndarray | None = None
+    """(N,) bool: the adversarial image lies in the budget. None: the attack was held to it."""
     oracle: np.ndarray | None = None
     """(N,) what a model that was not attacked says of `x_adv`: an attack that destroys the image wins everything."""
 
@@ -41,7 +45,7 @@ class Attacked:
         n = len(self.labels)
         columns = {
             "prediction_clean": self.prediction_clean, "prediction_adv": self.prediction_adv, "targets": self.targets,
-            "x_clean": self.x_clean, "x_adv": self.x_adv, "oracle": self.oracle,
+            "x_clean": self.x_clean, "x_adv": self.x_adv, "counts": self.counts, "oracle": self.oracle,
         }  # fmt: skip
         for name, values in columns.items():
             if values is not None and len(values) != n:
@@ -66,14 +70,16 @@ class Attacked:
         draws = self.draws
         wanted = draws != self.labels[:, None] if self.targets is None else draws == self.targets[:, None]
         hits: np.ndarray = wanted & (draws >= 0) & self.right[:, None]
-        return hits
+        return hits if self.counts is None else hits & self.counts[:, None]
 
     @classmethod
     def of_cell(
-        cls, model: str, attack: str, cell: Cell, clean: Take | None = None, targets: np.ndarray | None = None
-    ) -> Attacked:
+        cls, model: str, attack: str, cell: Cell, clean: Take | None = None, targets: np.ndarray | None = None,
+        within: ThreatModel | None = None,
+    ) -> Attacked:  # fmt: skip
         """From the ledger. With `clean`, which gives clean images, the rows whose adversarial image was kept, with
-        both images; without, all rows and no image. `targets`: by row of the cell."""
+        both images; without, all rows and no image. `targets`: by row of the cell. `within`: only what lies in
+        that threat model counts, as of a minimum-norm attack, which goes as far as it must."""
         rows, stored = cell.rows, Stored({}) if clean is None else Stored.of(cell.kept)
         at = np.ones(len(cell), bool) if clean is None else np.isin(rows["index"], list(stored.place))
         if not at.any():
@@ -83,6 +89,7 @@ class Attacked:
             None if targets is None else targets[at],
             None if clean is None else OnDemand(rows["index"][at], clean),
             None if clean is None else OnDemand(rows["index"][at], stored.take),
+            None if within is None else contained(cell, within)[at],
         )  # fmt: skip
 
     @classmethod

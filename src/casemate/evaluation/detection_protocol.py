@@ -32,7 +32,7 @@ from casemate.evaluation.answers import all_finite
 from casemate.evaluation.detection import Judged, figures, mean_and_deviation
 from casemate.networks.base import Classifier
 from casemate.seeding import derive, generator
-from casemate.system import TorchSystem
+from casemate.system import REJECT, TorchSystem
 from casemate.threat import ThreatModel, untargeted
 from casemate.training.artifact import load_artifact, save_artifact
 
@@ -256,7 +256,8 @@ def _adaptive(
 ) -> list[dict[str, Any]]:
     """What is left of the whole system under the joint attack, in every threat model of the attacks it can work in.
 
-    `accuracy` is of the whole system: an image counts if it is rejected or classified correctly, attacked or clean.
+    `accuracy` is of the whole system: an image counts if it is rejected or classified correctly both times, clean
+    and attacked. `evaded` is the attack's own share of successes.
     """
     classifier, joint = detector.classifier, protocol.adaptive
     assert joint is not None
@@ -265,12 +266,15 @@ def _adaptive(
     )
     chosen = second[: protocol.adaptive_images]
     x, y = images[0][chosen], images[1][chosen]
+    clean = system.decide(x)
+    kept = (clean == y) | (clean == REJECT)
     rows = []
     for threat in dict.fromkeys(threat for _, threat in attacks.values()):
         result = joint(system, x, untargeted(y), threat, derive(protocol.seed, "joint", threat))
         rows.append({
             "attack": "joint", "threat": str(threat), "n": len(x),
-            "evaded": float(result.success.float().mean()), "accuracy": 1 - float(result.success.float().mean()),
+            "evaded": float(result.success.float().mean()),
+            "accuracy": float((kept & ~result.success).float().mean()),
             "rejected": float((result.prediction < 0).float().mean()),
         })  # fmt: skip
     return rows

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from casemate.system import System
     from casemate.threat import ThreatModel
 
-ENGINE = ("casemate.attacks", "casemate.objectives", "casemate.threat", "casemate.seeding", "casemate.iwd")
+ENGINE = (
+    "casemate.attacks", "casemate.objectives", "casemate.threat", "casemate.seeding", "casemate.iwd",
+    "casemate.networks",
+)  # fmt: skip
 INFERENCE = (
     "casemate.system", "casemate.randomised", "casemate.networks", "casemate.purification", "casemate.detectors",
 )  # fmt: skip

@@ -52,7 +52,8 @@ def studied(
         cell = runner.finish(system, planned, row=row, keep=True)
         draw = planned.attack.draw if isinstance(planned.attack, Aimed) else None
         targets = None if draw is None else targets_of(cell.rows["label"], system.num_classes, draw)
-        case = Attacked.of_cell(row, planned.name, cell, taken(runner), targets)
+        within = planned.threat if planned.attack.minimum_norm else None
+        case = Attacked.of_cell(row, planned.name, cell, taken(runner), targets, within)
         assert isinstance(case.x_adv, OnDemand)
         indices = case.x_adv.indices
         if oracle is not None:

@@ -171,7 +171,7 @@ class DefenseGANSystem(RandomisedSystem):
         return self.purification.adaptive_attacks()
 
     def hash(self) -> str:
-        numbers = sorted(self.purification.spec.items())
+        numbers = sorted({**self.purification.spec, "attacked": asdict(self.attacked)}.items())
         return hashlib.sha256(f"{super().hash()} {numbers}".encode()).hexdigest()[:16]
 
 

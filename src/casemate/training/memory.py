@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from casemate.errors import UserError
+from casemate.randomised import keyed, noise_keys
 
 T = TypeVar("T")
 
@@ -97,13 +98,15 @@ def _plain(module: nn.Module, *inputs: Any, **options: Any) -> Any:
 
 
 class _Pieces(torch.autograd.Function):
-    """Keeps the input alone, and repeats the forward pass of each piece when its gradient is wanted."""
+    """Keeps the input alone, and repeats the forward pass of each piece when its gradient is wanted, by when the draw
+    of noise that it was made with may be over."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: nn.Module, piece: int) -> Tensor:
         kind = x.device.type
         ctx.module, ctx.piece = module, piece
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.noise = noise_keys(module)
         ctx.save_for_backward(x)
         return torch.cat([_plain(module, part) for part in torch.split(x, piece)])
 
@@ -115,7 +118,10 @@ class _Pieces(torch.autograd.Function):
         slopes: list[Tensor] = []
         parts = zip(torch.split(x, ctx.piece), torch.split(above[0], ctx.piece), strict=True)
         for part, slope in parts:
-            with torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
+            with (
+                torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled),
+                keyed(ctx.module, ctx.noise),
+            ):  # fmt: skip
                 at = part.detach().requires_grad_()
                 out = _plain(ctx.module, at)
             slopes += torch.autograd.grad(out, at, slope)
