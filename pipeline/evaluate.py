@@ -16,6 +16,8 @@ from pipeline.common import STATE, attack_bar, device_of, read_json, recording, 
 
 if TYPE_CHECKING:
     from casemate.attacks.base import Attack
+    from casemate.data import Loaded
+    from casemate.evaluation.images import EvaluationSet
     from casemate.params import Params
     from casemate.system import System
 
@@ -34,7 +36,8 @@ def run(params: Params, options: argparse.Namespace) -> None:
     row = row_of(params, options.row, params.evaluate.models, "evaluate.models")
     device = device_of(params)
     trained, out = params.models_dir / "trained", params.models_dir / "evaluated" / row
-    data = EvaluationSet(load_dataset(params.dataset, RAW).test, device)
+    loaded = load_dataset(params.dataset, RAW)
+    data = EvaluationSet(loaded.test, device)
     source = load_system(trained / params.evaluate.source, device=device) if params.evaluate.source else None
     card = read_json(trained / row / "card.json")
     what = (
@@ -42,20 +45,33 @@ def run(params: Params, options: argparse.Namespace) -> None:
         ThreatModel(params.threat.norm, params.threat.radius), params.evaluate,
         Ledger(STATE / "ledger", params.evaluate.chunk),
     )  # fmt: skip
-    bind = binder(params, row, source)
+    bind, held_out = binder(params, row, source), validation_images(params, loaded, device)
     if options.shard:
         shard = Shard.parse(options.shard)
         with attack_bar() as progress:
-            fill_ledger(*what, shard, seed=params.seed, source=source, bind=bind, progress=progress)
+            fill_ledger(
+                *what, shard, seed=params.seed, source=source, bind=bind, held_out=held_out, progress=progress
+            )
         return
     with recording(params, "evaluate", row) as recorder, attack_bar() as progress:
-        done = evaluate_row(*what, seed=params.seed, source=source, bind=bind, progress=progress)
+        done = evaluate_row(*what, seed=params.seed, source=source, bind=bind, held_out=held_out, progress=progress)
         out.mkdir(parents=True, exist_ok=True)
         done.save(out)
         write_json(params.reports_dir / "evaluate" / f"{row}.json", done.report)
         recorder.params({"row": row, "method": card["defense"]["method"], "network": card["network"]["name"]})
         recorder.metrics(evaluation_metrics(done.report))
         recorder.output(out / "ledger.parquet")
+
+
+def validation_images(params: Params, loaded: Loaded, device: str) -> EvaluationSet | None:
+    """The validation split of the training images, by which the champion is chosen; None without one."""
+    from casemate.data.splits import split_train, take
+    from casemate.evaluation.images import EvaluationSet
+
+    if not params.validation or params.evaluate.selection is None:
+        return None
+    split = split_train(loaded.train.labels, params.validation, params.seed, params.train_size)
+    return EvaluationSet(take(loaded.train, split.validation), device)
 
 
 def about(params: Params, row: str, card: dict[str, Any]) -> Any:

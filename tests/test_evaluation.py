@@ -31,7 +31,7 @@ from casemate.fields import spec
 from casemate.purification.imt_attacks import PublishedATLD
 from casemate.reporting.inputs import Evaluation
 from casemate.system import Offer, Purification, System, TorchSystem, View, identity_backward
-from casemate.threat import Goal, ThreatModel
+from casemate.threat import Goal, ThreatModel, untargeted
 
 ABOUT = About("smoke", "row", "standard", "digits", "digits_cnn", tuple("0123456789"), {"effective_epochs": 2.0})
 SUITES: dict[str, Any] = {
@@ -113,6 +113,29 @@ def test_shards_fill_the_ledger_and_the_report_finds_it_all(data: EvaluationSet,
 
 
 # --- the report ---------------------------------------------------------------------------------------------
+
+
+def test_a_champion_is_chosen_on_held_out_images(data: EvaluationSet, tmp_path: Path) -> None:
+    """One suite, on images that are no test images, with the settings of the test; nothing else sees them."""
+    held = EvaluationSet(Images(data.images.images[::-1][:70].copy(), data.images.labels[::-1][:70].copy()))
+    given = params(selection={"images": 50})
+    ledger, said = Ledger(tmp_path / "ledger", 40), []
+    made = [Candidate(purified(), "imt"), Candidate(plain(), "off", primary=False)]
+    shared: Any = {"held_out": held, "say": said.append}
+    row = evaluate_row(ABOUT, made, data, BALL, given, ledger, **shared)
+    systems = Evaluation.model_validate(row.report).systems
+    chosen = [s.selection for s in systems if s.selection is not None]
+    assert [(c.suite, c.n) for c in chosen] == [("core", 50)] * 2 and not any(c.incomplete for c in chosen)
+    assert set(chosen[0].attacks) == {"core/pgd", "core/pgd (static)"}
+    victim = plain()
+    x, y = held.take(evaluation_order(70)[:50])
+    left = PGD(steps=8)(victim, x, untargeted(y), BALL, seed=0)  # another seed than the ledger's
+    assert abs(chosen[1].accuracy - float((~left.success).float().mean())) < 0.15
+    bare = evaluate_row(ABOUT, made, data, BALL, given, ledger, say=said.append).report
+    for one, other in zip(row.report["systems"], bare["systems"], strict=True):
+        assert one.pop("selection") and one == other
+    off = evaluate_row(ABOUT, made, data, BALL, params(selection=None), ledger, **shared).report
+    assert all("selection" not in one for one in off["systems"])
 
 
 def test_the_report_is_what_the_report_stage_reads(row: RowEvaluation) -> None:
@@ -507,6 +530,7 @@ def test_durations(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"selection": {"suite": "corr"}}, "selection: no suite 'corr'; did"),
         (
             {"models": ["at"], "floors": [{"rows": ["at"], "suite": "cor", "accuracy": 0.7}]},
             "floors: no suite 'cor'; did",

@@ -138,6 +138,25 @@ def test_the_champion_is_the_best_whose_gate_says_ok(tmp_path: Path) -> None:
     assert champion(board(tmp_path, *rows()[4:])) is None
 
 
+def test_validation_images_choose_the_champion_and_test_images_rank(tmp_path: Path) -> None:
+    found = rows()
+    for one in found:
+        for made in one["systems"]:
+            kept = 0.93 if made["name"] == "at_pgd" else 0.91 if made["name"] == "trades" else 0.5
+            made["selection"] = {"suite": "core", **rate(kept, 2_000)}
+    chosen = board(tmp_path, *found)
+    best = champion(chosen)
+    assert best is not None and (best.system, best.rank, best.selection) == ("at_pgd", 2, 0.93) and best.champion
+    assert words.finding(chosen).startswith("at_pgd, the best on 2,000 validation images, is number 2 here: it ")
+    assert any("keeps 93.0%: no test image had a say" in line for line in words.remarks(chosen))
+    page = write_report(write_profile(tmp_path, found), tmp_path / "out").read_text()
+    assert "no test image had a say" in page
+    stored = json.loads((tmp_path / "out/leaderboard.json").read_text())
+    assert stored["champion"] == "at_pgd"
+    del found[0]["systems"][0]["selection"]  # one of them was not judged there: the ranking has to choose
+    assert champion(board(tmp_path, *found)).system == "trades"  # type: ignore[union-attr]
+
+
 def test_a_file_that_fails_the_release_gate_is_no_champion(tmp_path: Path) -> None:
     found = rows()
     assert champion(board(tmp_path, *found)).system == "trades"  # type: ignore[union-attr]
@@ -181,7 +200,8 @@ def test_the_finding_states_its_conditions(tmp_path: Path) -> None:
         "at ℓ∞ radius 0.3 (95% interval 90.7 to 94.0, n\u00a0=\u00a01,000) and 98.5% without attack, "
         "in one training run (seed 0) at full budget."
     )
-    overlap, gap = words.remarks(board(tmp_path, *rows()))
+    overlap, choice, gap = words.remarks(board(tmp_path, *rows()))
+    assert choice.startswith("trades was chosen as the best of 5 by these very images")
     assert "overlaps that of at_pgd" in overlap and gap.startswith("atld+limited seems to keep 73.2%")
     assert words.finding(board(tmp_path, rows()[4])) == "No system can be ranked: masked is judged unreliable."
     assert words.finding(board(tmp_path, rows()[0])).startswith("No system holds: the best of them, standard,")

@@ -77,7 +77,7 @@ def read_table(ledger: Path, system: str, threat: ThreatModel, dimensions: int) 
     if not own:
         return None
     images = robustness.common_images(own)
-    # a budget of its own takes part where it covers the images, as in `suite.worst_cases`
+    # a budget of its own takes part where it covers the images, as in `worst.worst_cases`
     taking = {k: c for k, c in cells.items() if k[3] == str(threat) or np.isin(images, c.rows["index"]).all()}
     fallen = np.any([robustness.fallen(cell.at(images), threat) for cell in taking.values()], axis=0)
     return Table(images, fallen, tuple(dict.fromkeys(kind[1] for kind in taking)))

@@ -104,6 +104,16 @@ class Floor(Section):
     accuracy: Unit
 
 
+class Selection(Section):
+    """What chooses the champion: a suite on images of the validation split, so that the figures of the test images
+    are none that it was chosen by."""
+
+    suite: CellName | None = None
+    """By default the first."""
+    images: Count = 1000
+    """How many validation images at most; never more than the suite attacks test images, nor than there are."""
+
+
 class GateParams(Section):
     """What the masking gate runs beside the suites."""
 
@@ -145,6 +155,8 @@ class EvaluateParams(Section):
     sweep: Sweep | None = None
     gate: GateParams | None = GateParams()
     floors: list[Floor] = []
+    selection: Selection | None = Selection()
+    """None: the champion is chosen by the test figures, and said to be."""
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluateParams:
@@ -152,6 +164,9 @@ class EvaluateParams(Section):
             raise ValueError("suites.all: this name stands for the union of every suite; choose another")
         if self.procedures is not None and self.procedures not in self.suites:
             raise ValueError(f"procedures: no suite {self.procedures!r}{near(self.procedures, self.suites)}")
+        chosen = self.selection.suite if self.selection else None
+        if chosen is not None and chosen not in self.suites:
+            raise ValueError(f"selection: no suite {chosen!r}{near(chosen, self.suites)}")
         for floor in self.floors:
             if floor.suite not in self.suites:
                 raise ValueError(f"floors: no suite {floor.suite!r}{near(floor.suite, self.suites)}")

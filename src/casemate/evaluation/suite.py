@@ -32,6 +32,8 @@ from casemate.evaluation.plan import (
     plan_sweep,
 )
 from casemate.evaluation.schema import EvaluateParams, Sweep
+from casemate.evaluation.selection import HeldOut
+from casemate.evaluation.worst import covering, worst_cases
 from casemate.system import System
 from casemate.threat import ThreatModel
 
@@ -97,6 +99,7 @@ def evaluate_row(
     seed: int = 0,
     source: System | None = None,
     bind: Bind | None = None,
+    held_out: EvaluationSet | None = None,
     say: Callable[[str], None] = print,
     progress: Progress | None = None,
 ) -> RowEvaluation:
@@ -108,13 +111,15 @@ def evaluate_row(
         data: the test images.
         source: the system that transfer attacks are crafted on.
         bind: what binds attacks that need more than a source; by default only a source can be bound.
+        held_out: images of the validation split, by which a champion is chosen (`params.selection`).
         say: is told the cost before anything runs, and each cell's figure as it is done.
         progress: called as chunks are done.
 
     A killed run goes on where it was: the ledger holds every finished chunk.
     """
     runner = Runner(ledger, data, threat, seed, params.subset, progress)
-    jobs = [_Job(c, runner, params, about, bind or bind_source(source), say) for c in candidates]
+    held = HeldOut.of(held_out, runner, params)
+    jobs = [_Job(c, runner, params, about, bind or bind_source(source), say, held) for c in candidates]
     say(f"{about.row}: {sum((job.cost() for job in jobs), Cost())}")
     results = [job.run() for job in jobs]
     _compare_with_classifier(jobs, results, threat)
@@ -145,16 +150,20 @@ def fill_ledger(
     seed: int = 0,
     source: System | None = None,
     bind: Bind | None = None,
+    held_out: EvaluationSet | None = None,
     say: Callable[[str], None] = print,
     progress: Progress | None = None,
 ) -> None:
     """Compute one shard of what `evaluate_row` needs, and report nothing: several processes, or machines that share
     or merge the ledger's folder, fill it together; `evaluate_row` then finds everything there."""
     runner = Runner(ledger, data, threat, seed, params.subset, progress, shard)
+    held = HeldOut.of(held_out, runner, params)
     for candidate in candidates:
-        job = _Job(candidate, runner, params, about, bind or bind_source(source), say)
+        job = _Job(candidate, runner, params, about, bind or bind_source(source), say, held)
         for cell in job.plan.cells:
             runner.finish(candidate.system, cell, row=job.name, keep=candidate.primary and cell in job.plan.suites)
+        if held is not None:
+            held.finish(candidate.system, job.selection, job.name)
     say(f"{about.row}: shard {shard.number} of {shard.of} is in the ledger")
 
 
@@ -173,7 +182,7 @@ def _compare_with_classifier(jobs: Sequence[_Job], results: Sequence[_Result], t
     for job, result in zip(jobs, results, strict=True):
         if bare is None or not job.plan.gate or not job.system.changes_inference:
             continue
-        whole, alone = (_covering(which.suites, threat) for which in (result, bare))
+        whole, alone = (covering(which.suites, threat) for which in (result, bare))
         found = masking.above_own_classifier(whole, alone, threat)
         checks = [*result.entry["gate"]["checks"], *(check.as_dict() for check in found)]
         result.entry["gate"] = gate.entry(checks, job.system.changes_inference)
@@ -184,7 +193,7 @@ class _Job:
 
     def __init__(
         self, candidate: Candidate, runner: Runner, params: EvaluateParams, about: About, bind: Bind,
-        say: Callable[[str], None],
+        say: Callable[[str], None], held: HeldOut | None = None,
     ) -> None:  # fmt: skip
         self.candidate, self.system, self.runner, self.params, self.say = (
             candidate, candidate.system, runner, params, say,
@@ -196,6 +205,8 @@ class _Job:
         asked = max(total if s.images == "all" else min(s.images, total) for s in params.suites.values())
         self.images = asked if candidate.primary else min(params.secondary_images, asked)
         self.plan = Plan() if self.not_evaluated else self._plan(about.budget, bind)
+        self.held = None if self.not_evaluated else held
+        self.selection = [] if self.held is None else self.held.plan(self.system, self.images, about.budget, bind)
 
     def _plan(self, budget: float, bind: Bind) -> Plan:
         total, threat, params = len(self.runner.data), self.runner.threat, self.params
@@ -213,7 +224,8 @@ class _Job:
         return plan
 
     def cost(self) -> Cost:
-        return estimate(self.system, self.plan.cells, self.runner)
+        tested = estimate(self.system, self.plan.cells, self.runner)
+        return tested if self.held is None else tested + estimate(self.system, self.selection, self.held.runner)
 
     def run(self) -> _Result:
         for left_out, why in self.plan.skipped.items():
@@ -231,6 +243,8 @@ class _Job:
         }  # fmt: skip
         if (band := band_entry(self.system, self.runner, self.images)) is not None:
             entry["band"] = band
+        if self.held is not None:
+            entry["selection"] = self.held.entry(self.system, self.selection, self.name)
         if self.not_evaluated:
             entry["not_evaluated"] = self.not_evaluated
             self.say(f"{self.name}: {self.not_evaluated}")
@@ -301,43 +315,6 @@ def _fit(finished: Finished, limit: float, undefended: bool) -> dict[str, Any]:
         return {}
     left = robustness.rate(finished.cell.rows["success"])["accuracy"]
     return {"fit": {"limit": limit, "passed": left < limit if undefended else None}}
-
-
-def worst_cases(system: System, finished: Sequence[Finished], threat: ThreatModel) -> dict[str, Any]:
-    """{suite or "all": {"adaptive", "static", "published"}}, each as `robustness.worst_case` has it.
-
-    The adaptive worst case is over every cell, since an adaptive attacker has the static attacks too; the static one
-    over static cells alone; the published one over these and the attacks of the defense's own paper. Both are None
-    for a system with one face. A cell with a budget of its own takes part where it covers all images of the others.
-    """
-    suites = list(dict.fromkeys(f.planned.suite for f in finished))
-    worst: dict[str, Any] = {}
-    for suite in [*suites, "all"]:
-        mine = _covering([f for f in finished if suite in (f.planned.suite, "all")], threat)
-        static = {_key(f, suite): f.cell for f in mine if f.planned.view == "static"}
-        named = [(_key(f, suite) + (" (static)" if f.planned.view == "static" else ""), f) for f in mine]
-        everything = {name: f.cell for name, f in named}
-        published = {name: f.cell for name, f in named if f.planned.published}
-        worst[suite] = {
-            "adaptive": robustness.worst_case(everything, threat),
-            "static": robustness.worst_case(static, threat) if system.changes_inference else None,
-            "published": robustness.worst_case(published, threat) if system.changes_inference else None,
-        }
-    return worst
-
-
-def _covering(cells: Sequence[Finished], threat: ThreatModel) -> list[Finished]:
-    """The cells under `threat`, and of the others those that do not make the common images fewer."""
-    own = [f for f in cells if f.planned.budget == threat]
-    if not own:
-        return list(cells)
-    images = robustness.common_images([f.cell for f in own])
-    return [f for f in cells if f in own or np.isin(images, f.cell.rows["index"]).all()]
-
-
-def _key(finished: Finished, suite: str) -> str:
-    name = finished.planned.name
-    return f"{finished.planned.suite}/{name}" if suite == "all" else name
 
 
 def _threat(budget: Any) -> dict[str, Any]:

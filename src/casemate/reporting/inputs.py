@@ -57,6 +57,12 @@ class Worst(Rate):
     incomplete: tuple[str, ...] = ()
 
 
+class Selection(Worst):
+    """The adaptive worst case of one suite on images of the validation split: what chooses the champion."""
+
+    suite: str
+
+
 class Suite(Record):
     """The worst case of one suite. An adaptive attacker has the static attacks too, so `adaptive` is over both;
     `static` is over static ones alone, `published` over these and the attacks of the defense's own paper; both are
@@ -165,6 +171,7 @@ class Evaluated(Record):
     gate: Gate = Gate()
     band: Band | None = None
     curvature: Curvature | None = None
+    selection: Selection | None = None
 
     def worst_case(self, suite: str, face: Literal["adaptive", "static", "published"]) -> Worst | None:
         """The worst case of `suite` ("core", "extended" or "all") as one face shows it, if it was evaluated."""

@@ -31,6 +31,8 @@ class Entry:
     `worst_all`; `forwards` and `backwards` are the passes that they spend on one image, all together. `served` is
     left of the exported file attacked as it is served. `reason` says of a failed one what it had to keep. `least` is
     the adaptive worst case of the one suite that leaves fewest: fewer attacks than `worst_all`, but on more images.
+    `selection` is the adaptive worst case of a suite on validation images. Figures of different n are of different
+    images, and so is a gap between two of them.
     """
 
     rank: int | None
@@ -81,6 +83,10 @@ class Entry:
     least_high: float | None = None
     least_n: int | None = None
     least_suite: str | None = None
+    selection: float | None = None
+    selection_low: float | None = None
+    selection_high: float | None = None
+    selection_n: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,9 +150,24 @@ def build(inputs: ReportInputs) -> Leaderboard:
 
 
 def champion(leaderboard: Leaderboard) -> Entry | None:
-    """The best adaptive worst case among ranked systems whose evaluation the masking gate found sound, and whose
-    exported file, if there is one, passed the release gate."""
-    return next((e for e in leaderboard.ranked if e.verdict == "ok" and e.release != "failed"), None)
+    """Of the eligible systems the one that keeps most on validation images; the ranking settles ties, and all of it
+    where one of them was not judged there (`chosen_apart`)."""
+    found = eligible(leaderboard)
+    if chosen_apart(leaderboard):
+        return max(found, key=lambda e: (e.selection or 0.0, -(e.rank or 0)))
+    return next(iter(found), None)
+
+
+def eligible(leaderboard: Leaderboard) -> list[Entry]:
+    """Ranked systems whose evaluation the masking gate found sound, and whose exported file, if there is one, passed
+    the release gate."""
+    return [e for e in leaderboard.ranked if e.verdict == "ok" and e.release != "failed"]
+
+
+def chosen_apart(leaderboard: Leaderboard) -> bool:
+    """Whether the champion is chosen by other images than its figures are of."""
+    found = eligible(leaderboard)
+    return bool(found) and all(e.selection is not None for e in found)
 
 
 def _order(entry: Entry) -> tuple[float, float, float, str]:
@@ -238,6 +259,7 @@ def _entry(row: Row, system: Evaluated) -> Entry:
         threat=evaluation.threat.text, radius=evaluation.threat.radius,
         release="not run" if file is None else "passed" if file.passed else "failed",
         served=None if file is None else _round(file.served.accuracy), reason=below_floor(evaluation, system),
+        **_rate("selection", system.selection),
         least_suite=suite, **_rate("least", system.worst_case(suite, "adaptive") if suite else None),
     )  # fmt: skip
 

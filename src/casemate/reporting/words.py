@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from casemate.reporting.inputs import Evaluation, Rate
-from casemate.reporting.leaderboard import Entry, Leaderboard, champion
+from casemate.reporting.leaderboard import Entry, Leaderboard, champion, chosen_apart, eligible
 
 DATASETS = {
     "digits": "digits", "mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10",
@@ -81,6 +81,10 @@ def finding(board: Leaderboard) -> str:
     attacks = f"the worst of {best.attacks} attacks" if best.attacks > 1 else "one attack"
     unchecked = "" if best.verdict == "ok" else f"; its masking gate was {best.verdict}"
     holds = f"{best.system} holds best: it"
+    if best.rank != 1:
+        holds = (
+            f"{best.system}, the best on {count(best.selection_n)} validation images, is number {best.rank} here: it"
+        )
     if (best.worst_all or 0.0) < 0.005:
         holds = f"No system holds: the best of them, {best.system},"
     return (
@@ -113,6 +117,8 @@ def remarks(board: Leaderboard) -> list[str]:
             f"{count(best.least_n)} images (95% interval {percent(best.least_low)} to {percent(best.least_high)}): "
             f"the {count(best.worst_all_n)} that every attack was run on are kinder than the rest."
         )
+    if best is not None and len(rivals := eligible(board)) > 1:
+        said.append(_choice(best, len(rivals), chosen_apart(board)))
     gaps = [e for e in board.entries if e.gap is not None and e.gap >= 0.05 and e.status != "untrained"]
     widest = max(gaps, key=lambda e: (e.gap or 0.0, e.system), default=None)
     if widest is not None:
@@ -122,6 +128,18 @@ def remarks(board: Leaderboard) -> list[str]:
             f"{percent(widest.worst_all)}% under attacks that account for its test-time defense."
         )
     return said
+
+
+def _choice(best: Entry, rivals: int, apart: bool) -> str:
+    if not apart:
+        return (
+            f"{best.system} was chosen as the best of {rivals} by these very images, so its figure leans "
+            "towards the lucky: no other images were asked."
+        )
+    return (
+        f"{best.system} was chosen out of {rivals} on {count(best.selection_n)} validation images, of which it "
+        f"keeps {percent(best.selection)}%: no test image had a say."
+    )
 
 
 def scaled_down(evaluations: Sequence[Evaluation]) -> str | None:
