@@ -7,12 +7,19 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from casemate import registry, versions
+from casemate.evaluation import keys
 
 SRC = Path(registry.__file__).parent
+ROOT = SRC.parents[1]
+STAGES: dict[str, Any] = {
+    name: stage.get("do", stage) for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items()
+}
 FLOORS = {
     "errors": 0, "fields": 0, "seeding": 0, "registry": 1, "versions": 2,
     "data": 2, "networks": 2, "threat": 2, "iwd": 2, "objectives": 3, "system": 3, "trainable": 3,
@@ -96,14 +103,56 @@ def test_shared_code_has_been_looked_at(room_name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", registry.names("defense"))
-def test_what_a_defense_inherits_is_an_input_of_its_training(name: str) -> None:
-    """Its own file is one; the files of its bases must be in the training room (`versions.ROOMS`)."""
-    files = {registry.source_file("defense", name), *versions.members("training")}
-    bases = {base.__module__ for base in registry.resolve("defense", name).__mro__}
-    assert {
-        SRC.joinpath(*base.split(".")[1:]).with_suffix(".py") for base in bases if base[:9] == "casemate."
-    } <= files
+WITHOUT_SAY = {f"src/casemate/{name}.py" for name in ("errors", "fields", "registry", "attacks/diagnostics")}
+"""Words, checks of options and warnings: no weight depends on them."""
+OF_INFERENCE = tuple(
+    f"src/casemate/{name}"
+    for name in (
+        "purification/",
+        "attacks/adaptive.py",
+        "attacks/gradient.py",
+        "attacks/joint.py",
+        "attacks/manifold.py",
+    )
+)
+"""What a defense adds at test time, and attacks on that: evaluation's inputs, not training's."""
+
+
+def reached(module: str) -> set[str]:
+    """The project's files that a module imports, at whatever depth, from the project's folder on; packages' own files
+    hold no code."""
+    found: dict[str, Path] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = keys.source_path(name) if name.startswith(("casemate.", "pipeline.")) else None
+        if name not in found and path is not None:
+            found[name] = path
+            waiting += keys._imports(path, path.stat().st_mtime_ns)
+    return {path.relative_to(ROOT).as_posix() for path in found.values() if path.stem != "__init__"}
+
+
+METHODS = [(kind, name) for kind in ("defense", "learned_attack") for name in registry.names(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_what_a_method_imports_is_an_input_of_its_training(kind: Any, name: str) -> None:
+    """Its own file is one; all else must be in a room that its stage depends on (`versions.ROOMS`)."""
+    shared = {file for room in ("data", "networks", "training") for file in versions.members(room)}
+    inputs = {path.relative_to(ROOT).as_posix() for path in (registry.source_file(kind, name), *shared)}
+    found = {path for path in reached(registry.location(kind, name)[0]) if not path.startswith(OF_INFERENCE)}
+    assert "src/casemate/system.py" in found and found - inputs <= WITHOUT_SAY
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_what_a_stage_runs_is_an_input_of_it(name: str) -> None:
+    """The scripts it imports, and the attacks, unless it runs none or a room has those that it runs."""
+    deps = set(STAGES[name].get("deps", ()))
+    found = reached(STAGES[name]["cmd"].split()[2])
+    if name != "detect_index":  # it lists names
+        assert {path for path in found if path.startswith("pipeline/")} - {"pipeline/common.py"} <= deps
+    if any(path.startswith("src/casemate/attacks/") for path in found):
+        assert "src/casemate/attacks" in deps or name in ("pretrain", "train", "tune", "detect_index")
 
 
 def test_a_registered_method_is_in_a_room_only_where_it_is_named() -> None:
