@@ -66,6 +66,7 @@ KEPT = (
 def register(params: Params, best: Entry | None, model: Path | None) -> None:
     """Move the alias `champion` in the MLflow registry; a store that cannot be reached costs a warning."""
     from casemate import model_registry, tracking
+    from casemate.errors import first_line
 
     name = f"casemate-{params.profile}"
     try:
@@ -73,7 +74,7 @@ def register(params: Params, best: Entry | None, model: Path | None) -> None:
             STATE / "mlflow", params.tracking.experiment, name, md5(model) if model else None
         )
     except Exception as error:  # a log must not cost a report, whatever its client raises
-        tracking.warn(f"the alias 'champion' was not moved: {type(error).__name__}: {str(error).splitlines()[0]}")
+        tracking.warn(f"the alias 'champion' was not moved: {type(error).__name__}: {first_line(error)}")
         return
     if best is None:
         print("no system earns the alias 'champion': none is ranked with a sound evaluation")

@@ -52,21 +52,27 @@ def train_row(params: Params, row: str, stage_name: str, start: str | None = Non
                 recipe=recipe, threat=task.threat, seed=params.seed, budget=params.budget, trained=done,
             )  # fmt: skip
             save_artifact(out, done.modules, {**card, **begun})
+            last = {k: v for k, v in done.curves[-1].items() if k not in ("epoch", "lr")}
+            write_json(
+                reports / "train" / f"{row}.json",
+                {
+                    "row": row,
+                    "budget": params.budget,
+                    "epochs": done.epochs,
+                    "chosen_epoch": done.chosen_epoch,
+                    **last,
+                },
+            )
+            write_text(reports / "curves" / f"{row}.csv", as_csv(done.curves))
+            recorder.output(out / "weights.safetensors")
+            recorder.artifact(out / "card.json")
 
-        done = train(
+        train(
             resolve("defense", method.method)(**method.options), task, data.train, data.validation, recipe,
             seed=params.seed, device=device, checkpoints=STATE / "checkpoints",
             identity={**identity(params, data, method), **begun}, recorder=recorder, progress=True,
             pad=data.dataset.pad, flip=data.dataset.flip, save=save,
         )  # fmt: skip
-        last = {k: v for k, v in done.curves[-1].items() if k not in ("epoch", "lr")}
-        write_json(
-            reports / "train" / f"{row}.json",
-            {"row": row, "budget": params.budget, "epochs": done.epochs, "chosen_epoch": done.chosen_epoch, **last},
-        )
-        write_text(reports / "curves" / f"{row}.csv", as_csv(done.curves))
-        recorder.output(out / "weights.safetensors")
-        recorder.artifact(out / "card.json")
 
 
 def identity(params: Params, data: TrainingSet, method: Method) -> dict[str, Any]:

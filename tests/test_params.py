@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from casemate import registry
 from casemate.errors import UserError
-from casemate.fields import fraction
+from casemate.fields import Count, fraction
 from casemate.params import check_params, load_params
 from pipeline import profile
 
@@ -205,6 +206,49 @@ def test_broken_files(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("- 1")
     with pytest.raises(UserError, match="mapping"):
         load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_has_the_keys_that_the_stages_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(profile.text(name))
+    assert load_params(tmp_path / "params.yaml").profile == name
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("detect", "detect: this key is needed, as dvc.yaml reads it"),
+        ("export", "export: this key is needed"),
+        ("export.models", "export.models: this key is needed"),
+        ("evaluate.source", "transfer needs evaluate.source"),
+    ],
+)
+def test_a_file_that_lacks_what_the_stages_read_is_refused(path: str, said: str, tmp_path: Path) -> None:
+    content = copy.deepcopy(profile.resolved("mnist"))
+    *head, last = path.split(".")
+    del (content[head[0]] if head else content)[last]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=said):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_pipeline_needs_a_source(tmp_path: Path) -> None:
+    content = put("evaluate.source", None)
+    for suite in content["evaluate"]["suites"].values():
+        suite["attacks"] = {key: cell for key, cell in suite["attacks"].items() if cell["attack"] != "transfer"}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"evaluate.source: this stage needs a row"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_default_may_be_a_quotient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "@spec\nclass A(B):\n    radius: Positive = 8 / 255\n    steps: Count = {}\n"
+    tree = ast.parse(text.format("3"))
+    monkeypatch.setattr(registry, "_tree", lambda module: tree)
+    assert registry._fields("m", "A") == {"radius": (registry.VOCABULARY["Positive"], 8 / 255), "steps": (Count, 3)}
+    tree = ast.parse(text.format("min(3, 4)"))
+    with pytest.raises(LookupError, match=r"m:A.steps: the default min\(3, 4\) must be a literal"):
+        registry._fields("m", "A")
 
 
 @pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.3", 0.3), (0.3, 0.3), ("1e-3", 1e-3)])

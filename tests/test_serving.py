@@ -6,7 +6,9 @@ import asyncio
 import io
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,14 @@ from PIL import Image
 from starlette.responses import PlainTextResponse
 
 from casemate.deploy.runtime import OnnxModel
+from casemate.serving import app, tensors
 from casemate.serving.batching import Batcher
 from casemate.serving.intake import Bounded, Intake
 from casemate.serving.limits import Limits, Refusal
 from casemate.serving.pictures import picture_type, read_picture
-from casemate.serving.tensors import Query, memory, read_query, split, write_answer
-from tests.serving_toys import SHAPE, binary, binary_answer, request, write_model
+from casemate.serving.service import Service
+from casemate.serving.tensors import Query, answer_memory, memory, read_query, split, write_answer
+from tests.serving_toys import SHAPE, binary, binary_answer, released, request, write_model
 
 LIMITS = Limits(images=8, batch=4, queue=12, answer=5, wait=0.02)
 IMAGES = np.random.default_rng(1).random((3, *SHAPE), dtype=np.float32)
@@ -118,6 +122,29 @@ def test_an_error_of_the_model_is_the_requests_and_the_batcher_lives() -> None:
     asyncio.run(go())
 
 
+def test_no_memory_for_a_batch_is_the_requests_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise MemoryError
+
+    async def go() -> None:
+        model = Slow()
+        async with Batcher(model, LIMITS) as batcher:
+            first = ask(batcher, 1)
+            await asyncio.sleep(0.05)
+            together = [ask(batcher, 2), ask(batcher, 3)]
+            await asyncio.sleep(0)
+            with monkeypatch.context() as patched:
+                patched.setattr(np, "concatenate", none)
+                model.go.set()
+                await first
+                for request in together:
+                    with pytest.raises(MemoryError):
+                        await request
+            assert (await batcher.answer(np.array([4.0]), ["a"]))["a"].tolist() == [8] and batcher.alive
+
+    asyncio.run(go())
+
+
 # --- tensors ------------------------------------------------------------------------------------------------
 
 
@@ -141,17 +168,78 @@ def test_json_and_binary_say_the_same(model: OnnxModel) -> None:
         np.testing.assert_array_equal(query.images, IMAGES)
         assert list(query.outputs) == ["logits", "probabilities", "manifold_score"]
     found = model.run(IMAGES)
-    text, told = write_answer(forms[0], found, "m", "3")
+    text, told = write_answer(found, forms[0], "m", "3")
     answer = json.loads(text)
     assert (answer["model_name"], answer["model_version"], "id" in answer) == ("m", "3", False)
     assert told == {"Content-Type": "application/json"}
     for output in answer["outputs"]:
         expected = found[output["name"]]
         np.testing.assert_array_equal(np.float32(output["data"]).reshape(output["shape"]), expected)
-    packed, told = write_answer(forms[2], found, "m", "3")
+    packed, told = write_answer(found, forms[2], "m", "3")
     assert json.loads(packed[: int(told["Inference-Header-Content-Length"])])["id"] == "7"
     for name, values in binary_answer({k.lower(): v for k, v in told.items()}, packed).items():
         np.testing.assert_array_equal(values, found[name])
+
+
+def test_the_memory_of_an_answer_is_more_than_it_takes(model: OnnxModel) -> None:
+    found = model.run(IMAGES)
+    for form in (json.dumps(request(IMAGES)).encode(), None):
+        body, headers = binary(IMAGES) if form is None else (form, {})
+        query = read(body, headers.get("Inference-Header-Content-Length"), model)
+        written = len(write_answer(found, query, "", "")[0])
+        assert written - 500 < answer_memory(query, model) < 20 * written  # 500: what is no number
+
+
+def test_a_large_answer_is_counted_until_it_is_taken(
+    tmp_path: Path, model: OnnxModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written in a thread, its memory reserved while it is sent, refused where there is not so much."""
+    folder, reserved = released(tmp_path / "champion"), []
+
+    class Counting(Intake):
+        @contextmanager
+        def reserved(self, size: int) -> Iterator[None]:
+            with super().reserved(size):
+                reserved.append(size)
+                yield
+            reserved.append(-size)
+
+    monkeypatch.setattr(app, "Intake", Counting)
+    monkeypatch.setattr(app, "LARGE", 1000)
+    body = json.dumps(request(IMAGES)).encode()
+    told: list[int] = []
+
+    async def post(limits: Limits) -> tuple[int, bytes]:
+        service = Service.load(folder, limits, device="cpu")
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            told.append(sum(reserved))
+            sent.append(message)
+
+        path = f"/v2/models/{service.name}/infer"
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": path,
+            "raw_path": path.encode(), "root_path": "", "scheme": "http", "query_string": b"",
+            "headers": [(b"content-type", b"application/json")], "client": ("127.0.0.1", 1), "server": ("", 1),
+        }  # fmt: skip
+        async with service.open():
+            await app.build_app(service)(scope, receive, send)
+        return sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:])
+
+    status, answer = asyncio.run(post(LIMITS))
+    query = read(body, None, model)
+    size = answer_memory(query, model)
+    assert status == 200 and size > 1000 and set(told) == {size} and sum(reserved) == 0
+    np.testing.assert_allclose(
+        json.loads(answer)["outputs"][0]["data"], model.run(IMAGES)["logits"].ravel(), rtol=1e-5
+    )
+    monkeypatch.setattr(tensors, "NUMBER_WRITING", 100_000)
+    status, answer = asyncio.run(post(Limits(held=4 << 20)))
+    assert (status, sum(reserved)) == (413, 0) and b"takes more than 4 MiB; use binary tensors" in answer
 
 
 def changed(**changes: Any) -> bytes:
@@ -237,7 +325,7 @@ def test_memory_for_reading_counts_with_the_bodies(model: OnnxModel) -> None:
     assert 80_000 > needed > 192 * 90
     with intake.reserved(needed), pytest.raises(Refusal, match="too many large") as busy, intake.reserved(90_000):
         raise AssertionError("reserved")
-    with pytest.raises(Refusal, match="send tensors in binary") as large, intake.reserved(100_001):
+    with pytest.raises(Refusal, match="use binary tensors") as large, intake.reserved(100_001):
         raise AssertionError("reserved")
     assert (busy.value.status, large.value.status) == (429, 413)
     with intake.reserved(100_000):

@@ -89,6 +89,17 @@ def test_a_server_that_does_not_answer_costs_a_warning(
     assert any(r.data.metrics == {"x": 1.0} for r in all_runs(tmp_path / "mlflow"))
 
 
+def test_an_error_without_words_costs_a_warning(
+    tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def silent() -> None:
+        raise TimeoutError
+
+    with tracking.stage_run(params, "train", "a", tmp_path / "mlflow") as recorder:
+        recorder.send(silent)
+    assert "MLflow stopped recording this stage: TimeoutError: TimeoutError" in capsys.readouterr().err
+
+
 def test_a_store_that_cannot_be_written_costs_a_warning(
     tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:

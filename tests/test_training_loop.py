@@ -21,6 +21,7 @@ from casemate.errors import UserError
 from casemate.fields import Count, spec
 from casemate.threat import ThreatModel
 from casemate.trainable import Context, Player, Task, Update
+from casemate.training.artifact import save_artifact
 from casemate.training.precision import autocast, choose, exact, has_bf16
 from casemate.training.recorder import ListRecorder
 from casemate.training.validation import validate
@@ -264,6 +265,15 @@ def test_logs_are_means_over_the_steps_and_reach_the_recorder() -> None:
     assert [row["step"] for row in trained.curves] == [1.5, 5.5]
     assert [row["halves"] for row in trained.curves] == [0.75, 2.75]
     assert recorder.rows() == [(1, trained.curves[0]), (2, trained.curves[1])]
+
+
+def test_a_log_that_is_no_number_costs_its_place_in_the_row_and_nothing_else(tmp_path: Path) -> None:
+    def see(ctx: Context, x: Tensor, y: Tensor) -> None:
+        ctx.log(far=x[x > 2].mean(), step=ctx.step)
+
+    trained = run(Watching(see=see), recipe(epochs=2))
+    assert [sorted(row) for row in trained.curves] == [["epoch", "loss", "lr", "step"]] * 2
+    save_artifact(tmp_path, trained.modules, {"metrics": trained.curves[-1]})
 
 
 def test_a_method_may_put_its_modules_in_eval_mode_and_the_next_step_trains_again() -> None:

@@ -210,8 +210,9 @@ def _params(attacks: str, images: int, chunk: int, gate: bool, source: Path | No
             raise UserError(f"attack {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         again = sum(cell["attack"] == name for cell in cells.values())
         cells[f"{name}-{again + 1}" if again else name] = {"attack": name, "options": chosen}
-    if source is None and any(cell["attack"] == "transfer" for cell in cells.values()):
-        raise UserError("the transfer attack needs --source, the folder of a trained row to craft examples on")
+    crafted = [c["attack"] for c in cells.values() if registry.declared("attack", c["attack"], "binds") == "source"]
+    if source is None and crafted:
+        raise UserError(f"attack {crafted[0]} needs --source, the folder of a trained row to craft examples on")
     return EvaluateParams.model_validate(
         {
             "source": source.name if source is not None else None, "chunk": chunk, "subset": 0,

@@ -21,6 +21,12 @@ def shorten(text: str, most: int = 80) -> str:
     return shown if len(text) <= most else f"{shown[:most]}... ({len(text):,} characters)"
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The start of what an error says, whose messages can be pages long, or nothing at all: then its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:most] if lines else type(error).__name__
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: `; did you mean 'trades'?`, else the list of what exists."""
     known = sorted(known)

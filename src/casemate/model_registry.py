@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from casemate.errors import UserError, shorten
+from casemate.errors import UserError, first_line, shorten
 from casemate.tracking import MlflowRecorder, connect, local_uri, quiet, tracking_uri, warn
 
 MD5, CARD = "dvc.out.md5", "casemate.card"
@@ -146,4 +146,4 @@ def describe(store: Path, experiment: str, registered: str, digest: str, tags: M
                 client.set_model_version_tag(registered, version.version, key, value)
             client.update_model_version(registered, version.version, text)
     except Exception as error:  # a log must never cost a stage, whatever its client raises
-        warn(f"MLflow has no description of {registered}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        warn(f"MLflow has no description of {registered}: {type(error).__name__}: {first_line(error)}")

@@ -21,6 +21,9 @@ from casemate.evaluation.study_schema import StudyParams
 from casemate.fields import Count, Flag, Natural, Positive, Seed, Text, Unit
 from casemate.training.recipe import Recipe
 
+NEEDED = ("evaluate.models", "evaluate.source", "export.models")
+"""Keys besides the sections themselves that dvc.yaml reads, so that a file without them runs nothing."""
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 
 
@@ -272,7 +275,22 @@ def load_params(path: Path) -> Params:
         raise UserError(f"{path} does not exist; write it with 'python -m pipeline profile mnist'") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return check_params(raw, str(path))
+    params = check_params(raw, str(path))
+    lacking = [key for key in (*Params.model_fields, *NEEDED) if _at(raw, key) is ...]
+    if lacking:
+        raise UserError(
+            f"{path}: {lacking[0]}: this key is needed, as dvc.yaml reads it; give it what means nothing ({{}}, [])"
+        )
+    if params.evaluate.source is None:
+        raise UserError(f"{path}: evaluate.source: this stage needs a row; the pretrained one will do")
+    return params
+
+
+def _at(raw: Any, key: str) -> Any:
+    """What stands under a dotted key; ... if nothing does."""
+    for part in key.split("."):
+        raw = raw.get(part, ...) if isinstance(raw, dict) else ...
+    return raw
 
 
 def check_params(raw: Any, name: str = "params.yaml") -> Params:

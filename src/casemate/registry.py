@@ -278,7 +278,8 @@ def _fields(module: str, attribute: str) -> dict[str, tuple[Any, Any]]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             if "ClassVar" in ast.unparse(node.annotation):
                 continue
-            default = ... if node.value is None else ast.literal_eval(node.value)
+            where = f"{module}:{attribute}.{node.target.id}"
+            default = ... if node.value is None else _default(node.value, where)
             fields[node.target.id] = (_annotation(node.annotation, f"{module}:{attribute}"), default)
     return fields
 
@@ -300,6 +301,17 @@ def _origin(tree: ast.Module, module: str, base: ast.expr) -> tuple[str, str] | 
                 if (alias.asname or alias.name) == base.id:
                     return str(node.module), alias.name
     return None
+
+
+def _default(node: ast.expr, where: str) -> Any:
+    """A literal, or a quotient of two such as 8 / 255."""
+    try:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            return ast.literal_eval(node.left) / ast.literal_eval(node.right)
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, ZeroDivisionError):
+        shown = ast.unparse(node)
+        raise LookupError(f"{where}: the default {shown} must be a literal, or a quotient of two") from None
 
 
 def _annotation(node: ast.expr, where: str) -> Any:

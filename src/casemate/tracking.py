@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from casemate.errors import first_line
+
 if TYPE_CHECKING:
     from casemate.params import Params
 
@@ -175,7 +177,7 @@ class MlflowRecorder:
             call()
         except Exception as error:  # a log must never cost a training, whatever its client raises
             self._failed = True
-            warn(f"MLflow stopped recording this stage: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            warn(f"MLflow stopped recording this stage: {type(error).__name__}: {first_line(error)}")
 
 
 class SilentRecorder(MlflowRecorder):
@@ -211,7 +213,7 @@ def stage_run(params: Params, stage: str, row: str | None, store: Path) -> Itera
             "dvc.stage": os.environ.get("DVC_STAGE", name), "dvc.exp": os.environ.get("DVC_EXP_NAME", ""),
         })  # fmt: skip
     except Exception as error:  # as above
-        warn(f"MLflow cannot record {name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        warn(f"MLflow cannot record {name}: {type(error).__name__}: {first_line(error)}")
         yield SilentRecorder()
         return
     recorder = MlflowRecorder(client, run.info.run_id)

@@ -161,7 +161,8 @@ class Context:
     """`with ctx.autocast():` is for crafting in the precision of the run; the loop does it for `Update.loss`."""
 
     def log(self, **values: Tensor | float) -> None:
-        """Named scalars, averaged over the epoch on the device, so that logging never waits for it.
+        """Named scalars, averaged over the epoch on the device, so that logging never waits for it. A mean that is
+        not finite is left out of its epoch's row.
 
         Each update's loss is logged already: as `loss` where the first player takes part, else `loss_<players>`.
         A method that logs one of these names replaces the loop's.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from casemate.deploy.metadata import Layout, Metadata
-from casemate.deploy.session import Device, first_line, open_session
-from casemate.errors import UserError
+from casemate.deploy.session import Device, open_session
+from casemate.errors import UserError, first_line
 
 MOST = 500  # images per run of the session
 DETECTOR = "detector"

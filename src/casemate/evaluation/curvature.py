@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from casemate.errors import first_line
 from casemate.evaluation.ledger import full_precision
 from casemate.evaluation.plan import Runner
 from casemate.objectives import cross_entropy
@@ -67,7 +68,7 @@ def figures(system: System, runner: Runner, images: int) -> dict[str, Any] | Non
             try:
                 found.append(dominant_eigenvalue(face, x[right], untargeted(y[right])).cpu().numpy())
             except RuntimeError as error:
-                log.warning("%s: the curvature is left out: %s", system.name, str(error).splitlines()[0])
+                log.warning("%s: the curvature is left out: %s", system.name, first_line(error))
                 return None
     if not found:
         return None

@@ -15,8 +15,6 @@ from casemate.evaluation.schema import AttackParams, CellName, Section, ThreatPa
 from casemate.fields import Count, Real, Text
 
 Images = Count | Literal["all"]
-BOUND = frozenset({"transfer", *registry.TABLES["learned_attack"]})
-"""Attacks that need a source or weights fitted to the victim."""
 
 
 class DetectorParams(Section):
@@ -39,7 +37,7 @@ class DetectedAttack(AttackParams):
 
     @model_validator(mode="after")
     def _alone(self) -> DetectedAttack:
-        if self.attack in BOUND:
+        if self.binds is not None:
             raise ValueError(f"{self.attack} needs a source or fitted weights, and gets none here")
         if self.attack == "joint":
             raise ValueError("the attack on a detector is `adaptive`; those here are on the classifier alone")

@@ -47,6 +47,13 @@ class AttackParams(Section):
         elsewhere = found is not None and found[0] != "casemate.attacks.base"
         return elsewhere or registry.declared("attack", self.attack, "minimum_norm") is True
 
+    @property
+    def binds(self) -> str | None:
+        """What the attack needs besides the victim: a "source", "weights" fitted to the victim, or nothing."""
+        learned = self.attack in registry.TABLES["learned_attack"]
+        found: str | None = "weights" if learned else registry.declared("attack", self.attack, "binds")
+        return found
+
     def check_norm(self, norm: str) -> None:
         """Raises ValueError if the attack does not work in this norm."""
         learned = self.attack in registry.TABLES["learned_attack"]
@@ -172,6 +179,6 @@ class EvaluateParams(Section):
                 raise ValueError(f"floors: no suite {floor.suite!r}{near(floor.suite, self.suites)}")
         for suite, content in self.suites.items():
             for name, cell in content.attacks.items():
-                if cell.attack == "transfer" and self.source is None:
-                    raise ValueError(f"suites.{suite}.attacks.{name}: a transfer attack needs evaluate.source")
+                if cell.binds == "source" and self.source is None:
+                    raise ValueError(f"suites.{suite}.attacks.{name}: {cell.attack} needs evaluate.source")
         return self

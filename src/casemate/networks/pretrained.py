@@ -13,7 +13,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from casemate.errors import UserError
+from casemate.errors import UserError, first_line
 from casemate.fields import Natural, Text, spec
 from casemate.networks.base import NetworkSpec, Normalise
 
@@ -141,7 +141,7 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
         content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path} holds no weights ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path} holds no weights ({first_line(error)})") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):

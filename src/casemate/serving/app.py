@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -25,7 +25,9 @@ from casemate.serving.pictures import FORMATS, media_type, picture_type, read_pi
 from casemate.serving.service import Answer, Service
 
 DECODERS = 2  # pictures being decoded at once: each may need some 300 MB
-LARGE = 1 << 18  # bytes of JSON from which it is read in a thread
+LARGE = (
+    1 << 18
+)  # bytes of JSON from which it is read in a thread, and of memory from which an answer is written in one
 TENSOR_TYPES = ("", "application/json", "application/octet-stream")  # "": clients of the protocol need not say
 
 
@@ -116,9 +118,20 @@ def _protocol(app: FastAPI, service: Service, intake: Intake) -> None:
                     query = await asyncio.to_thread(tensors.read_query, text, tail, model, limits)
                 else:
                     query = tensors.read_query(text, tail, model, limits)
+            return await answered(query)
+
+    async def answered(query: tensors.Query) -> Response:
+        what = query, service.name, service.version
+        size = tensors.answer_memory(query, model)
+        if size <= LARGE:
             found = await service.tensors(query.images, list(query.outputs))
-        content, headers = tensors.write_answer(query, found, service.name, service.version)
-        return Response(content, headers=headers)
+            content, headers = tensors.write_answer(found, *what)
+            return Response(content, headers=headers)
+        with ExitStack() as counted:
+            counted.enter_context(intake.reserved(size))
+            found = await service.tensors(query.images, list(query.outputs))
+            content, headers = await asyncio.to_thread(tensors.write_answer, found, *what)
+            return Reserved(content, headers, counted.pop_all())
 
     for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
         app.post(path, summary="Tensors in, tensors out", **_document(path))(infer)
@@ -168,6 +181,18 @@ def _document(path: str) -> dict[str, Any]:
         },
         "responses": {200: {"model": tensors.InferResponse, "content": {"application/octet-stream": {}}}},
     }  # fmt: skip
+
+
+class Reserved(Response):
+    """An answer whose memory is counted until the client has taken it."""
+
+    def __init__(self, content: bytes, headers: dict[str, str], counted: ExitStack) -> None:
+        super().__init__(content, headers=headers)
+        self._counted = counted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._counted:
+            await super().__call__(scope, receive, send)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------

@@ -96,8 +96,8 @@ class Batcher:
 
     async def _answer(self, jobs: list[_Job]) -> None:
         names = sorted({name for job in jobs for name in job.outputs})
-        images = jobs[0].images if len(jobs) == 1 else np.concatenate([job.images for job in jobs])
         try:
+            images = jobs[0].images if len(jobs) == 1 else np.concatenate([job.images for job in jobs])
             found = await self._in_parts(images, names)
         except Exception as error:  # whatever the runtime raises belongs to the requests, not to this task
             for job in jobs:

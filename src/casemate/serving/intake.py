@@ -52,7 +52,9 @@ class Intake:
         """As much memory besides the bodies, counted like them while the context is open. Raises Refusal."""
         if size > self._limits.held:
             most = self._limits.held >> 20
-            raise Refusal(413, "body", f"reading this much JSON takes more than {most} MiB; send tensors in binary")
+            raise Refusal(
+                413, "body", f"this much takes more than {most} MiB; use binary tensors, or fewer images at once"
+            )
         if self._held + size > self._limits.held:
             raise Refusal(429, "busy", "too many large requests at once; try again in a second")
         self._held += size

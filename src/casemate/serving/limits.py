@@ -17,7 +17,8 @@ class Limits:
 
     images: of one request. batch: images that the model is run on at once. wait: seconds that a batch may wait for
     company. queue: images that may wait for the model. requests: being read or answered at once. pixels and picture
-    (bytes): of an uploaded picture. held: bytes of all request bodies at once, with what reading them takes.
+    (bytes): of an uploaded picture. held: bytes of all request bodies at once, with what reading them takes and
+    with large answers until they are taken.
     connections: open at once, idle ones among them. Seconds that a client has: `headers` to send them, `body`
     likewise, `answer` until it is answered or told to come back, `writing` to take its answer.
     """

@@ -19,6 +19,7 @@ from casemate.serving.limits import Limits, Refusal
 HEADER_LENGTH = "Inference-Header-Content-Length"
 DATATYPES = {np.dtype(np.float32): "FP32", np.dtype(np.uint8): "UINT8", np.dtype(np.int64): "INT64"}
 NUMBER_MEMORY, LIST_MEMORY = 96, 512  # bytes that a number and a list of JSON take while they are read
+NUMBER_WRITING = 80  # and that one takes while JSON is written: an object, its place in a list, its text twice
 BESIDES = 1000  # commas, lists and strings that a request may have besides its images'
 Name = Annotated[str, Field(max_length=200)]
 
@@ -85,6 +86,17 @@ def memory(text: bytes, model: OnnxModel, limits: Limits) -> int:
     if numbers > limits.images * math.prod(native) + BESIDES:
         raise Refusal(413, "images", f"{numbers} values are more than {limits.images} images have")
     return NUMBER_MEMORY * numbers + LIST_MEMORY * lists
+
+
+def answer_memory(query: Query, model: OnnxModel) -> int:
+    """Bytes that writing the answer takes, and the answer itself."""
+    sizes = {output.name: (math.prod(output.shape), output.dtype.itemsize) for output in model.per_image}
+    each = sum(
+        count * (2 * width if query.outputs[name] else NUMBER_WRITING)
+        for name, (count, width) in sizes.items()
+        if name in query.outputs
+    )
+    return len(query.images) * each
 
 
 def read_query(text: bytes, tail: memoryview, model: OnnxModel, limits: Limits) -> Query:
@@ -190,7 +202,7 @@ def _outputs(request: InferRequest, model: OnnxModel) -> dict[str, bool]:
 
 
 def write_answer(
-    query: Query, found: Mapping[str, np.ndarray], name: str, version: str
+    found: Mapping[str, np.ndarray], query: Query, name: str, version: str
 ) -> tuple[bytes, dict[str, str]]:
     """(body, headers) of the response."""
     outputs, tail = [], []

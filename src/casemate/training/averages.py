@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 
 import torch
@@ -56,8 +57,10 @@ class LogMeans:
         values.clear()
 
     def means(self) -> dict[str, float]:
-        """Means since the last `reset`."""
-        return {key: float(total) / self.counts[key] for key, total in self.sums.items()}
+        """Means since the last `reset`, those left out that are no number, such as the mean of an empty selection:
+        nothing that is logged may cost a training."""
+        means = {key: float(total) / self.counts[key] for key, total in self.sums.items()}
+        return {key: mean for key, mean in means.items() if math.isfinite(mean)}
 
     def reset(self) -> None:
         """Begin new means."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from casemate.errors import first_line
 from casemate.trainable import Context, Moment
 from casemate.training.updates import Updates
 
@@ -283,7 +284,7 @@ class StepGraphs:
             made.kept = {key: value for key, value in state.items() if key in seen}
             made.dropped = seen - made.kept.keys()
         except (RuntimeError, TypeError) as error:
-            self.give_up(f"it cannot be captured ({_first_line(error)})")
+            self.give_up(f"it cannot be captured ({first_line(error)})")
             return None
         finally:
             del pending[first:]
@@ -336,7 +337,3 @@ def _next(places: Iterator[tuple[Call, Tensor]], call: Call) -> Tensor:
     if known is None or place is None or known[0] is not call[0] or known[1] != call[1]:
         raise RuntimeError("it does not draw the same in every step")
     return place
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
