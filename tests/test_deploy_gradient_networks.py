@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from casemate import registry
 from casemate.deploy.gradient_graph import gradient_graph
 from casemate.deploy.session import open_session
+from casemate.errors import UserError
 from casemate.networks.base import build_network
 from tests.deploy_toys import settled
 
@@ -27,7 +29,17 @@ SHAPES: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "inception_v3": ((3, 75, 75), {"side": 80}), "wrn": (CIFAR, {"depth": 10, "width": 2}), "madry_wrn": (CIFAR, {}),
     **{name: (MNIST, {}) for name in ("lenet5", "small_cnn", "madry_cnn", "fast_cnn", "er_conv")},
 }  # fmt: skip
-"""The others take CIFAR's."""
+"""Smaller or other images than the first of `USUAL` that the network takes."""
+USUAL = (CIFAR, MNIST, (1, 8, 8), (3, 64, 64))
+
+
+def example(name: str) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """An image shape that a network takes, and options."""
+    for shape in () if name in SHAPES else USUAL:
+        with contextlib.suppress(UserError, RuntimeError):
+            build_network(name, input_shape=shape, num_classes=10).eval()(images(1, shape))
+            return shape, {}
+    return SHAPES[name]
 
 
 def images(n: int, shape: tuple[int, ...]) -> Tensor:
@@ -48,7 +60,7 @@ def cosines(net: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", registry.names("network"))
 def test_every_registered_classifier(name: str) -> None:
-    shape, options = SHAPES.get(name, (CIFAR, {}))
+    shape, options = example(name)
     torch.manual_seed(0)
     net = build_network(name, input_shape=shape, num_classes=10, **options)
     settled(net, shape[0], shape[1])
