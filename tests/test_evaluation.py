@@ -146,6 +146,18 @@ def test_the_report_is_what_the_report_stage_reads(row: RowEvaluation) -> None:
     assert everything is not None and everything.n == 60
 
 
+def test_an_attack_that_one_of_another_suite_outdoes_is_an_upper_bound(data: EvaluationSet, tmp_path: Path) -> None:
+    weak = {"attack": "pgd", "options": {"steps": 1, "step_size": 1e-4, "random_start": False}}
+    far = {"attack": "fgsm", "threat": {"norm": "linf", "radius": 0.01}}
+    pgd = {"attack": "pgd", "options": {"steps": 20}}
+    suites = {"core": {"attacks": {"pgd": pgd}}, "more": {"attacks": {"weak": weak, "far": far}}}
+    row = evaluate_row(
+        ABOUT, [Candidate(plain())], data, BALL, params(suites=suites), Ledger(tmp_path), say=lambda _: None
+    )
+    said = {cell["attack"]: cell["verdict"] for cell in row.report["systems"][0]["cells"]}
+    assert said == {"pgd": "ok", "weak": "upper bound", "far": "ok"}  # another budget is no rival
+
+
 def test_the_purifying_system_is_attacked_through_both_faces(row: RowEvaluation) -> None:
     first = row.report["systems"][0]
     assert first["changes_inference"] and first["clean"]["n"] == 120

@@ -107,8 +107,8 @@ def entry(checks: Sequence[dict[str, Any]], changes_inference: bool) -> dict[str
 
 
 def verdicts(cells: Sequence[Finished]) -> list[str]:
-    """For each cell of one suite: "upper bound" if another under the same budget beats it, or if its attack is one
-    that was cut short, else "ok"."""
+    """For each cell: "upper bound" if another under the same budget, of whatever suite, beats it, or if its attack is
+    one that was cut short, else "ok"."""
     said = []
     for mine in cells:
         rivals = [c for c in cells if c is not mine and c.planned.budget == mine.planned.budget]

@@ -291,21 +291,17 @@ class _Job:
 def cell_entries(
     finished: Sequence[Finished], fit_limit: float = 0.05, undefended: bool = False
 ) -> list[dict[str, Any]]:
-    """The figures of each cell, with the verdict among the cells of its suite, and of an attack that learns whether
+    """The figures of each cell, with the verdict among the cells of its budget, and of an attack that learns whether
     its fit passed the check that an undefended model makes (None where this is no such model)."""
-    said: dict[int, str] = {}
-    for suite in dict.fromkeys(f.planned.suite for f in finished):
-        mine = [f for f in finished if f.planned.suite == suite]
-        said.update({id(f): verdict for f, verdict in zip(mine, gate.verdicts(mine), strict=True)})
     return [
         {
             "attack": f.planned.name, "method": f.planned.method, "spec": f.planned.attack.parameters(),
             "view": f.planned.view, "suite": f.planned.suite, "threat": _threat(f.planned.budget),
             "protocol": "published" if f.planned.published else "adaptive",
-            **robustness.figures(f.cell), "verdict": said[id(f)], **_fit(f, fit_limit, undefended),
+            **robustness.figures(f.cell), "verdict": verdict, **_fit(f, fit_limit, undefended),
             **({"remarks": list(f.cell.remarks)} if f.cell.remarks else {}),
         }
-        for f in finished
+        for f, verdict in zip(finished, gate.verdicts(finished), strict=True)
     ]  # fmt: skip
 
 
