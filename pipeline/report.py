@@ -59,7 +59,7 @@ def crown(params: Params, best: Entry | None) -> Path | None:
 KEPT = (
     "row", "mode", "method", "dataset", "network", "threat", "clean", "worst_core", "worst_core_low",
     "worst_core_high", "worst_core_n", "worst_all", "worst_all_low", "worst_all_high", "worst_all_n", "budget",
-    "release", "served",
+    "release", "served", "selection", "selection_n",
 )  # fmt: skip
 
 
