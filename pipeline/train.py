@@ -53,16 +53,8 @@ def train_row(params: Params, row: str, stage_name: str, start: str | None = Non
             )  # fmt: skip
             save_artifact(out, done.modules, {**card, **begun})
             last = {k: v for k, v in done.curves[-1].items() if k not in ("epoch", "lr")}
-            write_json(
-                reports / "train" / f"{row}.json",
-                {
-                    "row": row,
-                    "budget": params.budget,
-                    "epochs": done.epochs,
-                    "chosen_epoch": done.chosen_epoch,
-                    **last,
-                },
-            )
+            ran = {"epochs": done.epochs, "chosen_epoch": done.chosen_epoch}
+            write_json(reports / "train" / f"{row}.json", {"row": row, "budget": params.budget, **ran, **last})
             write_text(reports / "curves" / f"{row}.csv", as_csv(done.curves))
             recorder.output(out / "weights.safetensors")
             recorder.artifact(out / "card.json")
