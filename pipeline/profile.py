@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from casemate.errors import UserError, near
-from casemate.params import check_params
+from casemate.params import check_params, read_yaml
 
 PROFILES = Path(__file__).parent / "profiles"
 HEADER = """\
@@ -60,11 +60,21 @@ def text(name: str, seed: int | None = None) -> str:
 def write(name: str, path: Path, *, seed: int | None = None, force: bool = False) -> None:
     """Write the profile to `path`; a file edited by hand is replaced only with `force`."""
     new = text(name, seed)
-    if path.exists() and (old := path.read_text()) != new and not force:
-        was = (yaml.safe_load(old) or {}).get("seed")
-        if not any(old in (text(p.stem), text(p.stem, was)) for p in PROFILES.glob("*.yaml")):
-            raise UserError(f"{path.name} was edited by hand; keep a copy, then repeat with --force to replace it")
+    if path.exists() and not force and not _replaceable(path, new):
+        raise UserError(f"{path.name} was edited by hand; keep a copy, then repeat with --force to replace it")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(new)
     temporary.replace(path)
     print(f"{path.name} now holds the profile {name}" + ("" if seed is None else f" with seed {seed}"))
+
+
+def _replaceable(path: Path, new: str) -> bool:
+    """Whether a file is just what a profile says, with whatever seed; one that cannot be read was edited."""
+    try:
+        was = read_yaml(path)
+        old, seed = path.read_text(encoding="utf-8"), was.get("seed") if isinstance(was, dict) else None
+        if old == new or not isinstance(seed, int):
+            return old == new
+        return any(old in (text(p.stem), text(p.stem, seed)) for p in PROFILES.glob("*.yaml"))
+    except UserError:
+        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +218,9 @@ def test_every_profile_has_the_keys_that_the_stages_read(name: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("detect", "detect: this key is needed, as dvc.yaml reads it"),
-        ("export", "export: this key is needed"),
+        ("detect", "detect: this key is needed, as the stages read it; 'detect: {}' for none"),
+        ("train_size", "train_size: this key is needed, as the stages read it; 'train_size: null' for none"),
+        ("export", "export: this key is needed, as the stages read it$"),
         ("export.models", "export.models: this key is needed"),
         ("evaluate.source", "transfer needs evaluate.source"),
     ],
@@ -232,12 +234,52 @@ def test_a_file_that_lacks_what_the_stages_read_is_refused(path: str, said: str,
         load_params(tmp_path / "params.yaml")
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("export.models", [], "export.models: the stages need at least one row"),
+        ("export.models", ["at_pgd", "at_pgd"], "export.models: at_pgd is there twice"),
+        ("evaluate.models", ["standard", "trades"], "export.models: at_pgd is not evaluated"),
+        ("threat.radius", 8, "radius 8 in linf: pixels are in [0, 1]; did you mean 8/255?"),
+    ],
+)
+def test_what_only_the_last_stages_would_refuse_is_refused_first(
+    path: str, value: Any, said: str, tmp_path: Path
+) -> None:
+    content = put(path, value)
+    if path == "evaluate.models":
+        content["finetune"]["victims"], content["study"] = "all", {}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("content", [b"seed: 0\nprofile: a\nseed: 1\n", b"# caf\xe9\nseed: 0\n", b"a: 1\n<<<<<<< a\nb: 2\n"])
+def test_a_file_that_says_two_things_or_nothing_is_one_line_and_is_not_lost(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"'seed' is there twice|no text file in UTF-8|not valid YAML"):
+        load_params(path)
+    with pytest.raises(UserError, match="edited by hand"):
+        profile.write("smoke", path)
+    assert path.read_bytes() == content
+    profile.write("smoke", path, force=True)
+    assert load_params(path).profile == "smoke"
+
+
+@pytest.mark.parametrize("content", ["- 1", "seed: abc", "seed: -1"])
+def test_a_broken_file_is_one_edited_by_hand(content: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(content)
+    with pytest.raises(UserError, match="edited by hand"):
+        profile.write("smoke", tmp_path / "params.yaml")
+
+
 def test_a_pipeline_needs_a_source(tmp_path: Path) -> None:
     content = put("evaluate.source", None)
     for suite in content["evaluate"]["suites"].values():
         suite["attacks"] = {key: cell for key, cell in suite["attacks"].items() if cell["attack"] != "transfer"}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(UserError, match=r"evaluate.source: this stage needs a row"):
+    with pytest.raises(UserError, match=r"evaluate.source: the stages need a row"):
         load_params(tmp_path / "params.yaml")
 
 

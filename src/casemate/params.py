@@ -14,15 +14,20 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from casemate import registry
-from casemate.errors import UserError, near
+from casemate.errors import UserError, first_line, near
 from casemate.evaluation.detection_schema import DetectParams
 from casemate.evaluation.schema import EvaluateParams
 from casemate.evaluation.study_schema import StudyParams
 from casemate.fields import Count, Flag, Natural, Positive, Seed, Text, Unit
 from casemate.training.recipe import Recipe
 
-NEEDED = ("evaluate.models", "evaluate.source", "export.models")
-"""Keys besides the sections themselves that dvc.yaml reads, so that a file without them runs nothing."""
+NEEDED: dict[str, str] = {
+    "train_size": "null", "defenses": "{}", "tuned": "{}", "subset": "{}", "detect": "{}", "study": "{}",
+    "finetune": "{}", "release": "{}", "export": "", "export.models": "", "evaluate.models": "",
+    "evaluate.source": "",
+}  # fmt: skip
+"""Keys that stages depend on, so that nothing runs without them although they have defaults; with what stands for
+none, where that runs."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 
@@ -34,6 +39,13 @@ class Section(BaseModel):
 class Threat(Section):
     norm: Literal["linf", "l2"]
     radius: Positive
+
+    @model_validator(mode="after")
+    def _within_pixels(self) -> Threat:
+        if self.norm == "linf" and self.radius >= 1:
+            shown = f"; did you mean {self.radius:g}/255?" if self.radius <= 255 else ""
+            raise ValueError(f"radius {self.radius:g} in linf: pixels are in [0, 1]{shown}")
+        return self
 
 
 class Network(Section):
@@ -201,6 +213,14 @@ class Params(Section):
             for row in rows:
                 if row not in self.rows:
                     raise ValueError(f"{where}: {_no_row(row, self.rows, 'pretrain, defenses or tuned')}")
+        for where, rows in (("evaluate.models", self.evaluate.models), ("export.models", self.export.models)):
+            if twice := next((row for row in rows if rows.count(row) > 1), None):
+                raise ValueError(f"{where}: {twice} is there twice")
+        for row in self.export.models:
+            if row not in self.evaluate.models:
+                raise ValueError(f"export.models: {row} is not evaluated, and an export is held against that")
+        if "index" in self.detect:
+            raise ValueError("detect.index: this name is that of the list of detectors; give the row another")
         return self
 
     @model_validator(mode="after")
@@ -269,21 +289,47 @@ def _no_row(row: str, rows: Iterable[str], where: str) -> str:
 
 def load_params(path: Path) -> Params:
     """The validated parameters of a file. Raises UserError with the path of every wrong key or value."""
+    raw = read_yaml(path)
+    params = check_params(raw, str(path))
+    for key, nothing in NEEDED.items():
+        if _at(raw, key) is ...:
+            mend = f"; '{key}: {nothing}' for none" if nothing else ""
+            raise UserError(f"{path}: {key}: this key is needed, as the stages read it{mend}")
+    if params.detect and _at(raw, "release.margin") is ...:
+        raise UserError(f"{path}: release.margin: this key is needed, as files of detectors are held to it")
+    for key, rows in (("evaluate.models", params.evaluate.models), ("export.models", params.export.models)):
+        if not rows:
+            raise UserError(f"{path}: {key}: the stages need at least one row")
+    if params.evaluate.source is None:
+        raise UserError(f"{path}: evaluate.source: the stages need a row; the pretrained one will do")
+    return params
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file. Raises UserError for one that is not there, no text in UTF-8, no YAML, or that has
+    a key twice, of which YAML would take the last without a word."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; write it with 'python -m pipeline profile mnist'") from None
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no text file in UTF-8: {first_line(error)}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    params = check_params(raw, str(path))
-    lacking = [key for key in (*Params.model_fields, *NEEDED) if _at(raw, key) is ...]
-    if lacking:
-        raise UserError(
-            f"{path}: {lacking[0]}: this key is needed, as dvc.yaml reads it; give it what means nothing ({{}}, [])"
-        )
-    if params.evaluate.source is None:
-        raise UserError(f"{path}: evaluate.source: this stage needs a row; the pretrained one will do")
-    return params
+
+
+class _Strict(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
 
 
 def _at(raw: Any, key: str) -> Any:
