@@ -26,6 +26,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("saliency.onnx"))
     options = parser.parse_args()
 
+    if options.network not in (known := torchvision.models.list_models(module=torchvision.models)):
+        parser.exit(2, f"error: --network {options.network}: no such classifier; known: {', '.join(known)}\n")
+
     torch.manual_seed(0)
     extra = {"init_weights": True, "aux_logits": True} if options.network == "inception_v3" else {}
     net = torchvision.models.get_model(options.network, weights=None, **extra).eval()

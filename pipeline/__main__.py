@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,8 @@ def run(profile: str | None, seed: int | None, force: bool) -> None:
     """Set up, choose a profile if one is named, `dvc repro`, and say where the results are."""
     if seed is not None and not profile:
         sys.exit("error: --seed needs the profile's name; for the present params.yaml change its seed")
+    if not (ROOT / ".git").exists() and shutil.which("git") is None:
+        sys.exit("error: git is not installed, and DVC needs a repository here; install git and run again")
     set_up("pipeline")
     if profile:
         seeded = [] if seed is None else ["--seed", str(seed)]
@@ -133,12 +136,24 @@ def ui(port: int) -> None:
     if uri.startswith(("http://", "https://")):
         print(f"the runs are on the server of MLFLOW_TRACKING_URI: {uri}")
         return
+    check_free(port)
     store.mkdir(parents=True, exist_ok=True)
     artifacts = (store.resolve() / "artifacts").as_uri()
     print(f"open 127.0.0.1:{port} in a browser; Ctrl-C ends it", flush=True)
     call([str(PYTHON if PYTHON.exists() else sys.executable), "-m", "mlflow", "ui", "--host", "127.0.0.1",
           "--port", str(port), "--backend-store-uri", uri, "--default-artifact-root", artifacts],
          MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")  # fmt: skip
+
+
+def check_free(port: int) -> None:
+    """Raise UserError unless a page can be opened on this port: MLflow itself ends as if all were well."""
+    from casemate.errors import UserError
+
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot listen on 127.0.0.1:{port} ({error.strerror}); choose another with --port") from None
 
 
 def runs(action: str, path: Path | None) -> None:
@@ -154,7 +169,10 @@ def runs(action: str, path: Path | None) -> None:
         return
     if path is None or not path.is_file():
         raise UserError("'runs find' needs a file that the pipeline made, such as a weights.safetensors")
-    for found in tracking.find_runs(STATE / "mlflow", experiment, md5(path)):
+    matching = tracking.find_runs(STATE / "mlflow", experiment, md5(path))
+    if not matching:
+        raise UserError(f"no run recorded of {path}")
+    for found in matching:
         print(found.info.run_id, found.info.run_name, found.data.tags.get("git.commit", ""))
 
 
@@ -198,7 +216,11 @@ def parse() -> argparse.Namespace:
     command.add_argument("path", nargs="?", type=Path)
     commands.add_parser("faithfulness")
     commands.add_parser("versions").add_argument("rooms", nargs="*")
-    return parser.parse_args()
+    options = parser.parse_args()
+    lowest = 0 if options.command == "demo" else 1  # `casemate demo` takes a free port for 0
+    if not lowest <= getattr(options, "port", lowest) <= 65535:
+        parser.exit(2, f"error: --port {options.port}: must be in {lowest}..65535\n")
+    return options
 
 
 def main() -> None:

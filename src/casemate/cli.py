@@ -16,7 +16,7 @@ import typer
 
 from casemate import registry
 from casemate.cli_serving import app as serving
-from casemate.errors import UserError, near, one_line_errors
+from casemate.errors import UserError, check_file, check_folder, near, one_line_errors
 from casemate.fields import fraction
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def evaluate(
         str,
         typer.Argument(
             help="file.py:callable or package.module:callable; a checkpoint (.safetensors, .pt) with --network; "
-            "the folder of a trained row; or an .onnx file. Images go in as N x C x H x W in [0, 1]."
+            "the folder of a trained row or a released model; or an .onnx file. Images go in as N x C x H x W in [0, 1]."
         ),
     ],
     data: Annotated[str, typer.Option(help="A dataset of `casemate list datasets`, or a folder with one per class.")],
@@ -129,8 +129,9 @@ def evaluate(
     logging.basicConfig(format="%(message)s")
     resume = f"interrupted; finished chunks are kept in {ledger}: run the same command again to go on"
     with one_line_errors(resume):
-        if out is not None and not out.resolve().parent.is_dir():
-            raise UserError(f"--out {out}: the folder {out.resolve().parent} does not exist")
+        if out is not None:
+            check_file("--out", out)
+        check_folder("--ledger", ledger)
         threat = _threat(norm, radius)
 
         from casemate.evaluation.bring import Request
@@ -163,6 +164,8 @@ def distances(
         from casemate.evaluation.distances import stored_distances
         from casemate.iwd import PROTOCOLS
 
+        if out is not None:
+            check_file("--out", out)
         if protocol not in PROTOCOLS:
             raise UserError(f"--protocol {protocol}: no such protocol{near(protocol, PROTOCOLS)}")
         found = stored_distances(images, PROTOCOLS[protocol], images=limit, projections=projections)
@@ -260,16 +263,16 @@ def _attack(
     request: Request, threat: ThreatModel, params: EvaluateParams, ledger: Ledger, source: Path | None, seed: int
 ) -> dict[str, Any]:
     """Load, say what it will cost, run what the ledger lacks. The report of `evaluate_row`, and what to beware of."""
+    from casemate.evaluation.bring import load_source
     from casemate.evaluation.images import EvaluationSet
     from casemate.evaluation.suite import About, Candidate, evaluate_row
-    from casemate.training.artifact import load_system
 
+    bound = load_source(source, request.device) if source is not None else None
     brought = request.load()
     for note in brought.notes:
         print(note)
     name = Path(request.model).name
     about = About("own", name, "unknown", request.data, brought.network, brought.classes, brought.card)
-    bound = load_system(source, device=request.device) if source is not None else None
     with _progress() as progress:
         done = evaluate_row(
             about, [Candidate(brought.system)], EvaluationSet(brought.images, request.device), threat, params,

@@ -17,7 +17,7 @@ import numpy as np
 from casemate.data import store
 from casemate.data.archives import BadArchive, check_md5, find
 from casemate.data.base import Dataset, Images, Split
-from casemate.data.sources import LOCAL_VARIABLE, Source, SourceFailed, reason
+from casemate.data.sources import LOCAL_VARIABLE, Local, Source, SourceFailed, reason
 from casemate.errors import UserError
 
 Arrays = Mapping[str, np.ndarray]
@@ -127,9 +127,11 @@ class FileDataset(Dataset):
                     raise
                 tried.append(f"{source.label}: {reason(error)}")
                 shutil.rmtree(work)
+        local = all(isinstance(source, Local) for source in self.sources)
+        mend = "It cannot be downloaded:" if local else "Connect to a network, install one of these clients, or"
         raise UserError(
-            f"cannot fetch {self.name}; tried " + "; ".join(tried) + f". Connect to a network, install one of these "
-            f"clients, or put {self.bring} in a folder and set {LOCAL_VARIABLE} to it"
+            f"cannot fetch {self.name}; tried {'; '.join(tried)}. {mend} put {self.bring} in a folder and "
+            f"set {LOCAL_VARIABLE} to it"
         )
 
     def stored(self, folder: Path) -> Arrays | None:

@@ -17,6 +17,8 @@ from casemate.data.splits import shuffled
 from casemate.fields import spec
 
 TABLE = "images.csv"
+PICTURE, LABEL = "ImageId", "TrueLabel"
+"""The columns of the table that are read."""
 
 
 @spec
@@ -44,8 +46,7 @@ class NIPS17(FileDataset):
         tables = find(folder, [TABLE])[TABLE]
         if not tables:
             raise SourceFailed(f"no {TABLE} in {folder}")
-        with tables[0].open(newline="") as lines:
-            labels = {line["ImageId"]: int(line["TrueLabel"]) - 1 for line in csv.DictReader(lines)}
+        labels = _labels(tables[0])
         files = {path.stem: path for path in sorted(tables[0].parent.rglob("*")) if path.suffix in pictures.SUFFIXES}
         missing = sorted(labels.keys() - files.keys())
         if missing or len(labels) != sum(self.counts.values()):
@@ -73,3 +74,16 @@ class NIPS17(FileDataset):
         except pictures.Unreadable as error:
             raise SourceFailed(f"{path} {error}") from None
         return np.asarray(pictures.fit(pictures.convert(read, channels), height, width))
+
+
+def _labels(table: Path) -> dict[str, int]:
+    """Label by picture; the table counts classes from 1. Raises SourceFailed, naming what the table lacks."""
+    with table.open(newline="") as lines:
+        read = csv.DictReader(lines)
+        header = read.fieldnames or []
+        if not {PICTURE, LABEL} <= set(header):
+            raise SourceFailed(f"{table} needs the columns {PICTURE} and {LABEL}, and has {', '.join(header) or 'none'}")
+        try:
+            return {line[PICTURE]: int(line[LABEL]) - 1 for line in read}
+        except (TypeError, ValueError):  # a short line has None there
+            raise SourceFailed(f"{table}, line {read.line_num}: its {LABEL} is not a number") from None

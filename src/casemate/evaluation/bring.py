@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from casemate import registry
 from casemate.data import build_dataset, fetch_dataset
 from casemate.data.base import Images
-from casemate.errors import UserError, near
+from casemate.errors import UserError, near, shorten
 from casemate.system import System
 
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+RELEASED = "casemate-card/"
+"""How the schema of a released folder's card begins."""
 Shape = tuple[int, int, int]
 
 
@@ -49,18 +54,33 @@ class Request:
                 f"--data {self.data}: no such dataset or folder{near(self.data, registry.names('dataset'))}"
             )
         path = Path(self.model)
+        checkpoint = not path.is_dir() and path.suffix in CHECKPOINTS
+        self._refuse_unused(checkpoint, checkpoint or (path.suffix != ".onnx" and ":" in self.model))
+        if is_released(path):
+            return self._onnx(path / "model.onnx")
         if path.is_dir():
             return self._trained(path)
         if path.suffix == ".onnx":
             return self._onnx(path)
-        if path.suffix in CHECKPOINTS:
+        if checkpoint:
             return self._checkpoint(path)
         if ":" in self.model:
             return self._callable()
         raise UserError(
             f"{self.model} is no model: give file.py:callable, package.module:callable, a checkpoint "
-            f"({', '.join(CHECKPOINTS)}) with --network, the folder of a trained row, or an existing .onnx file"
+            f"({', '.join(CHECKPOINTS)}) with --network, the folder of a trained row, a released folder, or an .onnx file"
         )
+
+    def _refuse_unused(self, checkpoint: bool, shapeless: bool) -> None:
+        """What would change nothing is a misunderstanding. `shapeless`: the model does not say what it takes."""
+        given = {"--network": self.network, "--network-option": self.network_options, "--normalise": self.normalise}
+        for option, value in given.items():
+            if value and not checkpoint:
+                raise UserError(f"{option} is for a checkpoint ({', '.join(CHECKPOINTS)}), and {self.model} is none")
+        if self.shape is not None and self.data in registry.TABLES["dataset"]:
+            raise UserError(f"--shape: dataset {self.data} says the shape itself; leave the option out")
+        if self.shape is not None and not shapeless:
+            raise UserError(f"--shape: {self.model} says the shape itself; leave the option out")
 
     def _trained(self, folder: Path) -> Brought:
         from casemate.training.artifact import load_artifact, load_system
@@ -84,7 +104,7 @@ class Request:
 
         if self.network is None:
             raise UserError(f"{path}: name the network it is of with --network; see 'casemate list networks'")
-        registry.location("network", self.network)
+        check_network(self.network, self.network_options)
         images, classes, notes = self._images(self._shape(), None)
         layer = None
         if self.normalise:
@@ -106,10 +126,13 @@ class Request:
 
     def _with_images(self, system: System, network: str, names: tuple[str, ...] | None = None) -> Brought:
         images, classes, notes = self._images(system.input_shape, names)
-        if len(classes) > system.num_classes:
+        if len(classes) != system.num_classes:
+            mend = "its classes must be those of the data, in the same order"
+            if self.data not in registry.TABLES["dataset"]:
+                mend += "; a class without pictures needs an empty sub-folder of its name"
             raise UserError(
-                f"{self.model} tells {system.num_classes} classes apart and {self.data} has {len(classes)}: "
-                "its classes must be those of the data, in the same order"
+                f"{self.model} tells {system.num_classes} classes apart and {self.data} has {len(classes)} "
+                f"({shorten(', '.join(classes))}): {mend}"
             )
         return Brought(system, images, classes, network, notes)
 
@@ -141,3 +164,43 @@ class Request:
         if read.unreadable:
             notes.append(f"{len(read.unreadable):,} files left out, the first: {read.unreadable[0]}")
         return read.images, read.classes, tuple(notes)
+
+
+def is_released(folder: Path) -> bool:
+    """Whether it is what the release stage hands out: an .onnx file with its card, and no weights to train on."""
+    try:
+        card = json.loads((folder / "card.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(card, dict) and str(card.get("schema")).startswith(RELEASED)
+
+
+def load_source(folder: Path, device: str) -> System:
+    """The trained row that examples are crafted on, which takes its gradients."""
+    from casemate.training.artifact import load_system
+
+    if is_released(folder):
+        raise UserError(
+            f"--source {folder}: a released folder, whose file offers no gradient: give models/PROFILE/trained/ROW"
+        )
+    return load_system(folder, device=device)
+
+
+def check_network(name: str, options: Mapping[str, Any]) -> None:
+    """Raise UserError for an unknown network, and for an option that it has not or that is out of range."""
+    known = registry.schema("network", name).model_fields
+    for key in options:
+        if key not in known:
+            raise UserError(f"--network-option: network {name} has no option {key!r}" + _hint(key, known))
+    try:
+        registry.check("network", name, dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"][1:]))
+        raise UserError(f"--network-option: network {name}: {where}: {first['msg']}") from None
+    except ValueError as error:
+        raise UserError(f"--network-option: network {name}: {error}") from None
+
+
+def _hint(key: str, known: Mapping[str, Any]) -> str:
+    return near(key, known) if known else "; it has none"

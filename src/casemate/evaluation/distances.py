@@ -93,11 +93,14 @@ def _sliced(
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            raise ValueError("a bare array")
+        with found as file:
             if not file.files:
                 raise UserError(f"{path} holds no images: the evaluation kept none")
             return {name: file[name] for name in NEEDED}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not an adversarial.npz of the evaluate stage ({error})") from None
 
 

@@ -82,7 +82,10 @@ def bind_source(source: System | None) -> Bind:
             return attack
         if attack.binds == "source" and source is not None:
             return attack.with_source(source)
-        raise UserError(f"attack {name!r} needs its {attack.binds}, and none was given")
+        mend = "; it is fitted by the finetune stage: put it in a suite of params.yaml"
+        raise UserError(
+            f"attack {name!r} needs its {attack.binds}, and none was given" + mend * (attack.binds == "weights")
+        )
 
     return bind
 

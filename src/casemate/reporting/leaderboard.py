@@ -125,10 +125,12 @@ class Leaderboard:
 
     @classmethod
     def read(cls, path: Path) -> Leaderboard:
-        """A `leaderboard.json`. Raises UserError for a file that is not one."""
+        """A `leaderboard.json`. Raises UserError for a file that is not there, or is not one."""
         try:
             found: Mapping[str, Any] = json.loads(path.read_text())
             return cls(found["profile"], tuple(Entry(**row) for row in found["rows"]))
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist yet; 'dvc repro' makes it") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not a leaderboard of this version: run the report stage again") from None
 
