@@ -9,6 +9,7 @@ network your own before you trace it.
 from __future__ import annotations
 
 import argparse
+import difflib
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("saliency.onnx"))
     options = parser.parse_args()
 
-    if options.network not in (known := torchvision.models.list_models(module=torchvision.models)):
-        parser.exit(2, f"error: --network {options.network}: no such classifier; known: {', '.join(known)}\n")
+    known = torchvision.models.list_models(module=torchvision.models)
+    if options.network.lower() not in known:
+        near = difflib.get_close_matches(options.network.lower(), known) or ["resnet18"]
+        parser.exit(2, f"error: --network {options.network}: torchvision.models has none; try {' or '.join(near)}\n")
 
     torch.manual_seed(0)
     extra = {"init_weights": True, "aux_logits": True} if options.network == "inception_v3" else {}

@@ -153,7 +153,8 @@ def check_free(port: int) -> None:
         with socket.create_server(("127.0.0.1", port)):
             pass
     except OSError as error:
-        raise UserError(f"cannot listen on 127.0.0.1:{port} ({error.strerror}); choose another with --port") from None
+        why = os.strerror(error.errno or 0)
+        raise UserError(f"cannot listen on 127.0.0.1:{port} ({why}); choose another with --port") from None
 
 
 def runs(action: str, path: Path | None) -> None:
@@ -169,10 +170,7 @@ def runs(action: str, path: Path | None) -> None:
         return
     if path is None or not path.is_file():
         raise UserError("'runs find' needs a file that the pipeline made, such as a weights.safetensors")
-    matching = tracking.find_runs(STATE / "mlflow", experiment, md5(path))
-    if not matching:
-        raise UserError(f"no run recorded of {path}")
-    for found in matching:
+    for found in tracking.find_runs(STATE / "mlflow", experiment, md5(path)):
         print(found.info.run_id, found.info.run_name, found.data.tags.get("git.commit", ""))
 
 

@@ -131,6 +131,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist yet; 'dvc repro' makes it") from None
 
 
+def needed(path: Path, stage_name: str, row: str) -> Path:
+    """`path`, if it is a file. Raises UserError naming the stage that makes it."""
+    from casemate.errors import UserError
+
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; run the stage first: python -m pipeline.{stage_name} --row {row}")
+    return path
+
+
 def md5(path: Path) -> str:
     """The MD5 that dvc.lock records for a file: it leads from a DVC output to its run."""
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()

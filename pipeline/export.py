@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.common import device_of, md5, recording, row_of, stage, write_json
+from pipeline.common import device_of, md5, needed, recording, row_of, stage, write_json
 
 if TYPE_CHECKING:
     from casemate.data import Loaded
@@ -65,9 +65,10 @@ def export_modes(params: Params, row: str, data: Loaded, out: Path) -> dict[str,
     from casemate.registry import resolve
     from casemate.training.artifact import load_artifact, load_system
 
+    images = needed(params.models_dir / "evaluated" / row / "adversarial.npz", "evaluate", row)
     trained = params.models_dir / "trained" / row
     about = about_card(load_artifact(trained)[1], row)
-    with np.load(params.models_dir / "evaluated" / row / "adversarial.npz") as kept:
+    with np.load(images) as kept:
         adversarial = Labelled(kept["x_adv"], kept["labels"]) if len(kept["labels"]) else None
     report: dict[str, Any] = {"row": row, "files": [], "variants": [], "refused": {}}
     for mode in resolve("defense", params.rows[row].method).inference_modes:

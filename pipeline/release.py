@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.common import STATE, device_of, md5, read_json, recording, row_of, stage, write_json
+from pipeline.common import STATE, device_of, md5, needed, read_json, recording, row_of, stage, write_json
 
 if TYPE_CHECKING:
     from casemate.deploy.card import Card
@@ -31,6 +31,9 @@ def run(params: Params, options: argparse.Namespace) -> None:
     from casemate.evaluation.images import EvaluationSet
 
     row = row_of(params, options.row, params.export.models, "export.models")
+    exported = exported_files(params, row)
+    for name in ("ledger.parquet", "adversarial.npz"):
+        needed(params.models_dir / "evaluated" / row / name, "evaluate", row)
     data = EvaluationSet(load_dataset(params.dataset, RAW).test, device_of(params))
     out = params.models_dir / "released" / row
     making = out.with_name(f".{row}.tmp")
@@ -39,7 +42,7 @@ def run(params: Params, options: argparse.Namespace) -> None:
     search = Search(params.release.queries, params.release.steps, params.seed)
     with recording(params, "release", row) as recorder:
         files = {}
-        for path in sorted((params.models_dir / "exported" / row).glob("*.onnx")):
+        for path in exported:
             card, left = release(params, row, path, data, search, making / path.stem)
             files[path.stem] = entry(card, left)
             record(params, recorder, path, card, (making / path.stem / "MODEL_CARD.md").read_text())
@@ -49,6 +52,20 @@ def run(params: Params, options: argparse.Namespace) -> None:
             "schema": 1, "row": row, "margin": params.release.margin, "queries": search.queries,
             "steps": search.steps, "seed": search.seed, "files": files,
         })  # fmt: skip
+
+
+def exported_files(params: Params, row: str) -> list[Path]:
+    """The files of an exported row, of which there is always one: a row that has none fails the export. Raises
+    UserError, before anything that was released is replaced."""
+    from casemate.errors import UserError
+
+    folder = params.models_dir / "exported" / row
+    files = sorted(folder.glob("*.onnx"))
+    if not files:
+        raise UserError(
+            f"{folder} holds no .onnx file; run the export stage first: python -m pipeline.export --row {row}"
+        )
+    return files
 
 
 def release(

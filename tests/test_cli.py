@@ -291,6 +291,7 @@ MISTAKES = {
     "norm": (["own:net", "--norm", "l3"], {}, "--norm l3: known are linf and l2"),
     "radius": (["own:net", "--radius", "8/0"], {}, "--radius: '8/0' is not a number or a fraction such as 8/255"),
     "zero radius": (["own:net", "--radius", "0"], {}, "--radius 0: must be above 0"),
+    "radius of grey levels": (["own:net", "--radius", "8"], {}, "did you mean 8/255?"),
     "no source": (["own:net", "--attacks", "transfer"], {}, "attack transfer needs --source"),
     "weights": (["own:net", "--attacks", "gap"], {}, "attack 'gap' needs its weights"),
     "no network": (["weights.pt"], {}, "weights.pt: name the network it is of with --network"),

@@ -54,3 +54,24 @@ def test_a_picture_that_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "mine" / "images" / "p3.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"p3.png is not a picture"):
         small().fetch(tmp_path / "raw")
+
+
+@pytest.mark.parametrize(
+    ("table", "wrong"),
+    [
+        ("name,label\np1,3\n", "needs the columns ImageId and TrueLabel, and has name, label"),
+        ("", "needs the columns ImageId and TrueLabel, and has none"),
+        ("ImageId,TrueLabel\np1,3\np2\n", "line 3: its TrueLabel is not a number"),
+        ("ImageId,TrueLabel\np1,cat\n", "line 2: its TrueLabel is not a number"),
+    ],
+)
+def test_a_table_that_is_another_is_said(
+    table: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "mine")
+    (tmp_path / "mine" / "images.csv").write_text(table)
+    monkeypatch.setenv(LOCAL_VARIABLE, str(tmp_path / "mine"))
+    with pytest.raises(UserError, match=wrong) as error:
+        small().fetch(tmp_path / "raw")
+    assert "It cannot be downloaded: put images.csv" in str(error.value)
+    assert "network" not in str(error.value)

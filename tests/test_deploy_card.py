@@ -106,3 +106,17 @@ def test_the_text_of_a_failed_or_unreliable_file_warns() -> None:
     assert "not robustness" in model_card(made(verdict="unreliable"))
     assert "has not been through it" in model_card(made(gate=None))
     assert "no robust accuracy" in model_card(made(robust={}))
+
+
+def test_the_text_says_which_attacks_do_not_count() -> None:
+    from casemate.deploy.card_text import model_card
+
+    def worst(*attacks: str) -> Worst:
+        return Worst(accuracy=0.9, low=0.8, high=0.95, n=100, attacks=attacks)
+
+    core, beyond = worst("pgd", "cw_l2"), worst("adef", "stadv")
+    text = model_card(made(robust={"core": core, "beyond": beyond, "all": worst("core/pgd")}))
+    assert "a budget of its own counts only where its image lies inside linf 0.2" in text
+    assert "leaves out what was run on fewer images: `core/cw_l2`, all of `beyond`." in text
+    whole = model_card(made(robust={"core": core, "all": worst("core/pgd", "core/cw_l2")}))
+    assert "leaves out" not in whole and "budget of its own" not in model_card(made(robust={}))

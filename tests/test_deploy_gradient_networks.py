@@ -91,3 +91,11 @@ def test_torchvisions_networks_by_the_example_file(name: str, side: int, tmp_pat
     assert all(float(cosine) > 0.99 for _, cosine in found)
     session = open_session(tmp_path / "a.onnx", "cpu")
     assert session.get_inputs()[0].shape == ["batch", 3, side, side]
+
+
+def test_the_example_says_that_there_is_no_such_network(tmp_path: Path) -> None:
+    example = Path(__file__).parent.parent / "examples" / "saliency.py"
+    command = [sys.executable, str(example), "--network", "resnet19"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --network resnet19: torchvision.models has none; try resnet1")

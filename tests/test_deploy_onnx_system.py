@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -258,3 +259,26 @@ def test_importing_casemate_imports_no_runtime() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'save'"):
         casemate.save  # noqa: B018
+
+
+def test_opening_a_file_leaves_nothing_under_home(plain: Path, tmp_path: Path) -> None:
+    """ONNX Runtime's telemetry writes a device id and a queue of events there."""
+    kept = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY" and not k.startswith("XDG_")}
+    home = tmp_path / "home"
+    home.mkdir()
+    code = f"""
+import os
+from pathlib import Path
+from casemate.deploy.session import open_session
+open_session(Path({str(plain)!r}), "cpu")
+assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**kept, "HOME": str(home)})
+    assert list(home.rglob("*")) == []
+
+
+def test_the_users_own_word_on_telemetry_stands() -> None:
+    code = "import casemate, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "0"}
+    done = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,28 @@ def test_what_is_not_its_cards_file_or_failed_the_gate_is_not_put_up(released: P
     with pytest.raises(UserError, match="was changed or exchanged"):
         write_repository([copy], tmp_path / "out", "triton")
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_only_a_model_that_was_exported_before_is_replaced(released: Path, tmp_path: Path) -> None:
+    (folder,) = write_repository([released], tmp_path, "triton", max_batch=16)
+    (folder / "stale").touch()
+    assert write_repository([released], tmp_path, "triton") == [folder] and not (folder / "stale").exists()
+    for name in ("card.json", "config.pbtxt", "labels.txt", "MODEL_CARD.md", "1/model.onnx"):
+        (folder / name).unlink()
+    (folder / "thesis.tex").write_text("years of work")
+    for card in (None, "{", "[]", '{"schema": "another"}'):
+        if card is not None:
+            (folder / "card.json").write_text(card)
+        with pytest.raises(UserError, match="quick-at_pgd-plain exists and is no exported model") as caught:
+            write_repository([released], tmp_path, "triton")
+        assert "\n" not in str(caught.value) and (folder / "thesis.tex").exists()
+
+
+def test_a_model_is_not_replaced_by_its_own_export(released: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(released, tmp_path / "quick-at_pgd-plain")
+    with pytest.raises(UserError, match="is the model that is to be exported"):
+        write_repository([source], tmp_path, "triton")
+    assert (source / "model.onnx").exists()
 
 
 def test_bad_requests_of_the_command(released: Path, tmp_path: Path) -> None:

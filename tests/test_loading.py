@@ -172,6 +172,23 @@ def test_a_registered_model_tells_what_its_card_says(registry: Path, folder: Pat
 
 
 @pytest.mark.slow
+def test_a_server_that_does_not_answer_is_not_replaced_by_the_local_registry(
+    registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
+    with pytest.raises(UserError, match=rf"server http://127.0.0.1:{port} does not answer.*unset MLFLOW") as caught:
+        casemate.load(f"models:/{NAME}@champion")
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+    for wrong in ("foo://x", "http://host:port", "http://[x"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", wrong)
+        with pytest.raises(UserError, match="MLFLOW_TRACKING_URI=") as caught:
+            casemate.load(f"models:/{NAME}@champion")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
 def test_a_registered_file_that_was_changed_is_refused(registry: Path) -> None:
     path = resolve("models:/casemate-smoke/1").path
     content = path.read_bytes()

@@ -254,7 +254,7 @@ def test_what_only_the_last_stages_would_refuse_is_refused_first(
         load_params(tmp_path / "params.yaml")
 
 
-@pytest.mark.parametrize("content", [b"seed: 0\nprofile: a\nseed: 1\n", b"# caf\xe9\nseed: 0\n", b"a: 1\n<<<<<<< a\nb: 2\n"])
+@pytest.mark.parametrize("content", [b"seed: 0\nseed: 1\n", b"# caf\xe9\nseed: 0\n", b"a: 1\n<<<<<<< a\nb: 2\n"])
 def test_a_file_that_says_two_things_or_nothing_is_one_line_and_is_not_lost(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_bytes(content)

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from casemate import tracking
+from casemate import run_store, tracking
+from casemate.errors import UserError
 from casemate.params import Params, check_params
 from pipeline.profile import resolved
 
@@ -110,8 +111,41 @@ def test_a_store_that_cannot_be_written_costs_a_warning(
     assert "MLflow cannot record train@a" in capsys.readouterr().err
 
 
-def test_runs_are_rebuilt_from_reports_once(tmp_path: Path) -> None:
-    reports = tmp_path / "reports" / "mnist"
+@pytest.mark.parametrize("uri", ["foo://x", "some/folder", "http://host:port", "http://[x"])
+def test_a_bad_address_is_one_line(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI=.*unset it") as caught:
+        tracking.find_runs(tmp_path / "mlflow", "casemate", "0" * 32)
+    assert "\n" not in str(caught.value) and uri in str(caught.value)
+
+
+def test_recording_does_not_speak_for_the_user(tmp_path: Path, params: Params) -> None:
+    for store in (tmp_path / "a", tmp_path / "b"):
+        with tracking.stage_run(params, "train", "a", store):
+            pass
+        assert "MLFLOW_TRACKING_URI" not in os.environ and (store / "mlflow.db").exists()
+
+
+def test_messages_hold_no_password() -> None:
+    assert run_store.shown("postgresql://me:secret@host/runs") == "postgresql://host/runs"
+
+
+def test_a_damaged_store_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database" * 100)
+    for call in (lambda: tracking.find_runs(tmp_path, "casemate", "0"), lambda: rebuilt(tmp_path, tmp_path)):
+        with pytest.raises(UserError, match=r"mlflow.db cannot be used .*runs rebuild") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_an_output_that_no_run_recorded_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"no run recorded a file with the MD5 {'0' * 32}"):
+        tracking.find_runs(tmp_path, "casemate", "0" * 32)
+
+
+def write_reports(reports: Path) -> Path:
+    """The committed reports of a profile with one row; returns its folder."""
     worst = {"accuracy": 0.9, "low": 0.88, "high": 0.92, "n": 1000}
     system = {
         "primary": True, "clean": {"accuracy": 0.98}, "worst": {"core": {"adaptive": worst, "static": None}},
@@ -123,15 +157,58 @@ def test_runs_are_rebuilt_from_reports_once(tmp_path: Path) -> None:
         "leaderboard.json": "{}", "train/at_pgd.json": json.dumps({"val_clean": 0.97}),
         "evaluate/at_pgd.json": json.dumps(evaluation), "curves/at_pgd.csv": "epoch,loss\n1,2.0\n2,1.5\n",
     }.items():  # fmt: skip
-        (reports / name).parent.mkdir(parents=True, exist_ok=True)
-        (reports / name).write_text(content)
-    store = tmp_path / "mlflow"
-    quiet = lambda _: None  # noqa: E731
-    assert tracking.rebuild(store, "casemate", tmp_path / "reports", quiet) == 2
-    assert tracking.rebuild(store, "casemate", tmp_path / "reports", quiet) == 0
+        (reports / "mnist" / name).parent.mkdir(parents=True, exist_ok=True)
+        (reports / "mnist" / name).write_text(content)
+    return reports / "mnist"
+
+
+def rebuilt(store: Path, reports: Path) -> int:
+    return tracking.rebuild(store, "casemate", reports, lambda _: None)
+
+
+def test_runs_are_rebuilt_from_reports_once(tmp_path: Path) -> None:
+    reports, store = write_reports(tmp_path / "reports").parent, tmp_path / "mlflow"
+    assert rebuilt(store, reports) == 2
+    assert rebuilt(store, reports) == 0
     runs = {r.info.run_name: r for r in all_runs(store)}
     assert runs["evaluate@at_pgd"].data.metrics["worst_adaptive_core"] == 0.9
     assert runs["train@at_pgd"].data.metrics == {"val_clean": 0.97, "epoch": 2.0, "loss": 1.5}
+
+
+def test_rows_that_a_real_run_recorded_are_not_rebuilt(tmp_path: Path, params: Params) -> None:
+    reports, store = tmp_path / "reports", tmp_path / "mlflow"
+    write_reports(reports).rename(reports / params.profile)
+    with tracking.stage_run(params, "evaluate", "at_pgd", store):
+        pass
+    with pytest.raises(RuntimeError), tracking.stage_run(params, "train", "at_pgd", store):
+        raise RuntimeError  # of a run that failed the report says more
+    assert rebuilt(store, reports) == 1
+    names = [r.info.run_name for r in all_runs(store)]
+    assert names.count("evaluate@at_pgd") == 1 and names.count("train@at_pgd") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("evaluate/at_pgd.json", '{"profile": ', "is damaged"),
+        ("evaluate/at_pgd.json", '{"profile": "mnist"}', "it lacks 'dataset'"),
+        ("evaluate/at_pgd.json", "[]", "is damaged"),
+        ("train/at_pgd.json", "[]", "is damaged"),
+        ("train/at_pgd.json", "\x00", "is damaged"),
+        ("curves/at_pgd.csv", "epoch,loss\n1,two\n", "is damaged"),
+    ],
+)
+def test_a_damaged_report_is_named_and_makes_no_run(tmp_path: Path, name: str, content: str, said: str) -> None:
+    profile, store = write_reports(tmp_path / "reports"), tmp_path / "mlflow"
+    whole = (profile / name).read_text()
+    (profile / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name} is damaged.*git checkout") as caught:
+        rebuilt(store, profile.parent)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    (profile / name).write_text(whole)
+    rebuilt(store, profile.parent)
+    names = [r.info.run_name for r in all_runs(store)]
+    assert sorted(n for n in names if "@" in n) == ["evaluate@at_pgd", "train@at_pgd"]
 
 
 def test_telemetry_is_off() -> None:

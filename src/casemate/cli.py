@@ -102,7 +102,8 @@ def evaluate(
         str,
         typer.Argument(
             help="file.py:callable or package.module:callable; a checkpoint (.safetensors, .pt) with --network; "
-            "the folder of a trained row or a released model; or an .onnx file. Images go in as N x C x H x W in [0, 1]."
+            "the folder of a trained row or a released model; or an .onnx file. "
+            "Images go in as N x C x H x W in [0, 1]."
         ),
     ],
     data: Annotated[str, typer.Option(help="A dataset of `casemate list datasets`, or a folder with one per class.")],
@@ -186,6 +187,9 @@ def _threat(norm: str, radius: str) -> ThreatModel:
         raise UserError(f"--radius: {error}") from None
     if value <= 0:
         raise UserError(f"--radius {radius}: must be above 0, in pixel units of [0, 1], such as 8/255")
+    if norm == "linf" and value >= 1:
+        shown = f"; did you mean {value:g}/255?" if value <= 255 else ""
+        raise UserError(f"--radius {radius}: pixels are in [0, 1]{shown}")
     from casemate.threat import ThreatModel
 
     return ThreatModel("linf" if norm == "linf" else "l2", value)
@@ -269,6 +273,7 @@ def _attack(
 
     bound = load_source(source, request.device) if source is not None else None
     brought = request.load()
+    brought.check_attacks(cell.attack for suite in params.suites.values() for cell in suite.attacks.values())
     for note in brought.notes:
         print(note)
     name = Path(request.model).name

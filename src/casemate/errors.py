@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-
 _ALLOWED = "give a place you may read and write"
 _FILE_IN_THE_WAY = "give a folder whose path leads through no file"
 MENDS = {

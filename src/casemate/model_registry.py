@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from casemate.errors import UserError, first_line, shorten
-from casemate.tracking import MlflowRecorder, connect, local_uri, quiet, tracking_uri, warn
+from casemate.run_store import client_of, connect, local_uri, quiet, reading_uri, usable, warn
+from casemate.tracking import MlflowRecorder
 
 MD5, CARD = "dvc.out.md5", "casemate.card"
 REFERENCE = re.compile(r"(?P<name>[\w][\w .-]{0,199})(?:@(?P<alias>[\w-]{1,100})|/(?P<version>[0-9]{1,9}))")
@@ -34,34 +35,33 @@ class Registered:
 def registered_model(store: Path, reference: str) -> Registered:
     """The version that NAME@ALIAS or NAME/VERSION means, in the user's MLFLOW_TRACKING_URI, else in `store`.
 
-    Raises UserError if the reference is neither, there is no such model, or no registry.
+    Raises UserError if the reference is neither, there is no such model, no registry, or the server that is named
+    does not answer: a model of that name elsewhere is another one.
     """
     shown = f"models:/{shorten(reference)}"
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
         raise UserError(f"{shown} names no model: write models:/NAME@ALIAS or models:/NAME/VERSION")
-    uri = tracking_uri(store)
+    uri = reading_uri(store)
     if uri == local_uri(store) and not (store / "mlflow.db").exists():
         raise UserError(f"{shown}: there is no registry in {store}; 'dvc repro' makes it, or set MLFLOW_TRACKING_URI")
     try:
         import mlflow
     except ImportError:
         raise UserError(f"{shown}: the registry needs MLflow; pip install 'casemate[pipeline]'") from None
-    from mlflow.tracking import MlflowClient
-
-    quiet()
-    mlflow.set_tracking_uri(uri)
-    client, name = MlflowClient(uri), parts["name"]
-    try:
-        found = (
-            client.get_model_version_by_alias(name, parts["alias"]) if parts["alias"]
-            else client.get_model_version(name, parts["version"])
-        )  # fmt: skip
-        folder = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{found.version}")
-    except (mlflow.exceptions.MlflowException, OSError) as error:
-        known = ", ".join(sorted(m.name for m in client.search_registered_models(max_results=20))) or "none"
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise UserError(f"{shown} is not to be had ({reason}); registered models: {known}") from None
+    name = parts["name"]
+    with usable(uri, store):
+        client = client_of(uri)
+        try:
+            found = (
+                client.get_model_version_by_alias(name, parts["alias"]) if parts["alias"]
+                else client.get_model_version(name, parts["version"])
+            )  # fmt: skip
+            folder = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{found.version}")
+        except (mlflow.exceptions.MlflowException, OSError) as error:
+            known = ", ".join(sorted(m.name for m in client.search_registered_models(max_results=20))) or "none"
+            said = first_line(error)
+            raise UserError(f"{shown} is not to be had ({said}); registered models: {known}") from None
     return Registered(name, str(found.version), Path(folder), dict(found.tags))
 
 

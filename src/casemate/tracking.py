@@ -6,97 +6,29 @@ MLflow is a log and never an input: a server that cannot be reached costs a warn
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from casemate.errors import first_line
+from casemate.errors import UserError, first_line
+from casemate.run_store import connect as connect
+from casemate.run_store import local_uri as local_uri
+from casemate.run_store import locked, usable
+from casemate.run_store import warn as warn
 
 if TYPE_CHECKING:
     from casemate.params import Params
 
-CONNECT_SECONDS = 2.0
 BATCH = 1000  # MLflow's own limit on the metrics of one request
 PARAM_LENGTH = 6000
 
-for name, value in {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
-}.items():
-    os.environ.setdefault(name, value)
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-# --- where the runs are kept --------------------------------------------------------------------------------
-
-
-def local_uri(store: Path) -> str:
-    return f"sqlite:///{store.resolve() / 'mlflow.db'}"
-
-
-def tracking_uri(store: Path) -> str:
-    """The user's MLFLOW_TRACKING_URI if it answers, else the sqlite file in `store` (with a warning)."""
-    wanted = os.environ.get("MLFLOW_TRACKING_URI")
-    if not wanted:
-        return local_uri(store)
-    parts = urlsplit(wanted)
-    if parts.scheme in ("http", "https"):
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        try:
-            socket.create_connection((parts.hostname or "", port), CONNECT_SECONDS).close()
-        except OSError as error:
-            warn(f"MLflow server {parts.scheme}://{parts.hostname}:{port} does not answer ({error}); "
-                 f"recording in {store} instead")  # fmt: skip
-            return local_uri(store)
-    return wanted
-
-
-def connect(store: Path, experiment: str) -> tuple[Any, str]:
-    """(MlflowClient, experiment id); the experiment and the local artifact folder are made if needed."""
-    import mlflow
-    from mlflow.tracking import MlflowClient
-
-    quiet()
-    store.mkdir(parents=True, exist_ok=True)
-    uri = tracking_uri(store)
-    mlflow.set_tracking_uri(uri)
-    client = MlflowClient(uri)
-    with _locked(store / "parent.lock"):
-        found = client.get_experiment_by_name(experiment)
-        if found is not None:
-            return client, found.experiment_id
-        artifacts = (store.resolve() / "artifacts").as_uri() if uri == local_uri(store) else None
-        return client, client.create_experiment(experiment, artifact_location=artifacts)
-
-
-def quiet() -> None:
-    import logging
-
-    for noisy in ("mlflow", "alembic", "sqlalchemy"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+# --- which run is whose --------------------------------------------------------------------------------------
 
 
 def pipeline_key(profile: str) -> str:
@@ -113,7 +45,7 @@ def commit() -> str:
 
 def parent_run(client: Any, experiment: str, key: str, store: Path, tags: Mapping[str, str]) -> str:
     """The pipeline's run, made once however many stages start at the same time."""
-    with _locked(store / "parent.lock"):
+    with locked(store / "parent.lock"):
         found = client.search_runs([experiment], f"tags.`casemate.pipeline` = '{key}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
@@ -245,9 +177,16 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def find_runs(store: Path, experiment: str, digest: str) -> list[Any]:
-    """The runs that made the DVC output with this MD5, newest first."""
+    """The runs that made the DVC output with this MD5, newest first. Raises UserError if none did."""
     client, known = connect(store, experiment)
-    return list(client.search_runs([known], f"tags.`dvc.out.md5` = '{digest}'"))
+    with usable(client.tracking_uri, store):
+        found = list(client.search_runs([known], f"tags.`dvc.out.md5` = '{digest}'"))
+    if not found:
+        raise UserError(
+            f"no run recorded a file with the MD5 {digest}: one does when its stage writes its output, and runs that "
+            "were rebuilt from reports know of none"
+        )
+    return found
 
 
 # --- runs for a fresh clone ----------------------------------------------------------------------------------
@@ -256,37 +195,66 @@ def find_runs(store: Path, experiment: str, digest: str) -> list[Any]:
 def rebuild(store: Path, experiment: str, reports: Path, say: Any = print) -> int:
     """Make runs from the committed cards of every profile, so that the UI is not empty after a clone.
 
-    Runs that were rebuilt from the same file content before are left alone. Returns how many were made.
+    Rows that a real run recorded are left alone, and so are runs that were rebuilt from the same file content before.
+    Returns how many were made. Raises UserError for a report that is damaged; no run is made of it.
     """
     client, known = connect(store, experiment)
     made = 0
-    for profile in sorted(p.parent for p in reports.glob("*/leaderboard.json")):
-        key = f"{profile.name}-rebuilt"
-        parent = parent_run(client, known, key, store, {"casemate.profile": profile.name})
-        for path in sorted([*profile.glob("train/*.json"), *profile.glob("evaluate/*.json")]):
-            digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-            if client.search_runs([known], f"tags.`casemate.rebuilt` = '{digest}'", max_results=1):
-                continue
-            stage, row = path.parent.name, path.stem
-            run = client.create_run(known, run_name=f"{stage}@{row}", tags={
-                "mlflow.parentRunId": parent, "casemate.rebuilt": digest, "casemate.stage": stage,
-                "casemate.row": row, "casemate.profile": profile.name,
-            })  # fmt: skip
-            _refill(MlflowRecorder(client, run.info.run_id), stage, json.loads(path.read_text()), profile, row)
-            client.set_terminated(run.info.run_id)
-            made += 1
-            say(f"{profile.name}: {stage}@{row}")
+    with usable(client.tracking_uri, store):
+        for profile in sorted(p.parent for p in reports.glob("*/leaderboard.json")):
+            for path in sorted([*profile.glob("train/*.json"), *profile.glob("evaluate/*.json")]):
+                tags = {
+                    "casemate.rebuilt": hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest(),
+                    "casemate.stage": path.parent.name, "casemate.row": path.stem, "casemate.profile": profile.name,
+                }  # fmt: skip
+                if _recorded(client, known, tags):
+                    continue
+                figures = _figures(path, profile)
+                key = f"{profile.name}-rebuilt"
+                parent = parent_run(client, known, key, store, {"casemate.profile": profile.name})
+                name = f"{path.parent.name}@{path.stem}"
+                run = client.create_run(known, run_name=name, tags={**tags, "mlflow.parentRunId": parent})
+                _refill(MlflowRecorder(client, run.info.run_id), *figures)
+                client.set_terminated(run.info.run_id)
+                made += 1
+                say(f"{profile.name}: {name}")
     return made
 
 
-def _refill(recorder: MlflowRecorder, stage: str, content: dict[str, Any], profile: Path, row: str) -> None:
-    if stage == "evaluate":
-        recorder.params({k: content[k] for k in ("profile", "dataset", "network", "method", "seed", "budget")})
-        recorder.metrics(evaluation_metrics(content))
-    else:
-        recorder.metrics({k: v for k, v in _flatten(content) if isinstance(v, int | float)})
-        for step, values in enumerate(read_curves(profile / "curves" / f"{row}.csv"), 1):
-            recorder.metrics(values, step)
+def _recorded(client: Any, experiment: str, tags: Mapping[str, str]) -> bool:
+    """Whether a stage recorded this row to its end, or a run was rebuilt from this very report."""
+    same = [f"tags.`{key}` = '{tags[key]}'" for key in ("casemate.stage", "casemate.row", "casemate.profile")]
+    runs = client.search_runs([experiment], " and ".join([*same, "attributes.status = 'FINISHED'"]))
+    return any(run.data.tags.get("casemate.rebuilt") in (None, tags["casemate.rebuilt"]) for run in runs)
+
+
+Curves = list[dict[str, float]]
+
+
+def _figures(path: Path, profile: Path) -> tuple[dict[str, Any], dict[str, float], Curves]:
+    """(parameters, metrics, curves) of a committed report, all read before a run is made of them."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.parent.name == "evaluate":
+            names = ("profile", "dataset", "network", "method", "seed", "budget")
+            return {k: content[k] for k in names}, evaluation_metrics(content), []
+        metrics = {k: v for k, v in _flatten(content) if isinstance(v, int | float)}
+    except KeyError as error:
+        raise UserError(f"{path} is damaged: it lacks {error}; 'git checkout {path}' restores it") from None
+    except (ValueError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); 'git checkout {path}' restores it") from None
+    curves = profile / "curves" / f"{path.stem}.csv"
+    try:
+        return {}, metrics, read_curves(curves)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{curves} is damaged ({first_line(error)}); 'git checkout {curves}' restores it") from None
+
+
+def _refill(recorder: MlflowRecorder, params: dict[str, Any], metrics: dict[str, float], curves: Curves) -> None:
+    recorder.params(params)
+    recorder.metrics(metrics)
+    for step, values in enumerate(curves, 1):
+        recorder.metrics(values, step)
     recorder.flush()
 
 

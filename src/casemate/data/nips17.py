@@ -82,7 +82,8 @@ def _labels(table: Path) -> dict[str, int]:
         read = csv.DictReader(lines)
         header = read.fieldnames or []
         if not {PICTURE, LABEL} <= set(header):
-            raise SourceFailed(f"{table} needs the columns {PICTURE} and {LABEL}, and has {', '.join(header) or 'none'}")
+            told = ", ".join(header) or "none"
+            raise SourceFailed(f"{table} needs the columns {PICTURE} and {LABEL}, and has {told}")
         try:
             return {line[PICTURE]: int(line[LABEL]) - 1 for line in read}
         except (TypeError, ValueError):  # a short line has None there

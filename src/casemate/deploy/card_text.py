@@ -50,11 +50,31 @@ def _numbers(card: Card) -> str:
     if card.gate is not None:
         lines.append(f"| this file, attacked as it is served | {_share(card.gate.served)} |")
     lines += ["", "An image counts only if it survives every attack; clean errors count as failures."]
+    if card.robust:
+        lines += _whole(card)
     if card.form == "detector":
         lines.append("A clean image that is rejected is an error; an attacked one that is rejected fooled nobody.")
     elif not card.robust:
         lines.append("This file has no robust accuracy: its evaluation has no adaptive worst case.")
     return "\n".join(lines)
+
+
+def _whole(card: Card) -> list[str]:
+    """What "every attack" leaves out: hits outside the ball, and attacks on too few images."""
+    lines = [
+        f"An attack with a budget of its own counts only where its image lies inside {card.threat.norm} "
+        f"{card.threat.radius:g}, and not in a worst case of images that it was not run on."
+    ]  # fmt: skip
+    if "all" not in card.robust:
+        return lines
+    counted, left = set(card.robust["all"].attacks), []
+    for suite, worst in card.robust.items():
+        out = [name for name in worst.attacks if not {name, f"{suite}/{name}"} & counted]
+        whole = len(out) == len(worst.attacks) > 1
+        left += [f"all of `{suite}`"] if whole else [f"`{suite}/{name}`" for name in out]
+    if left:
+        lines.append(f"The worst case of all suites leaves out what was run on fewer images: {', '.join(left)}.")
+    return lines
 
 
 def _verdict(card: Card) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from casemate.deploy import card as cards
-from casemate.deploy.card import CARD, MODEL, TEXT, Card
+from casemate.deploy.card import CARD, MODEL, SCHEMA, TEXT, Card
 from casemate.deploy.runtime import OnnxModel
 from casemate.errors import UserError
 
@@ -40,9 +40,9 @@ def write_repository(
 
     models: released folders or the files in them. max_batch: images that the server may put together, and
     `delay_ms` how long it may wait for them. save_model(file, folder): writes an MLflow model, which MLServer loads.
-    A model that is there already is replaced. MLServer gets a `settings.json` where there is none: loopback, and the
-    models in its own process. Raises UserError for a file that is not its card's or did not pass the
-    release gate, and where two models share a name.
+    A model of ours that is there already is replaced, another folder of its name never. MLServer gets a
+    `settings.json` where there is none: loopback, and the models in its own process. Raises UserError for a file that
+    is not its card's or did not pass the release gate, where two models share a name, or another folder has it.
     """
     checked = [(cards.model_path(model), cards.verify(model)) for model in models]
     names = [model_name(card) for _, card in checked]
@@ -51,6 +51,8 @@ def write_repository(
             raise UserError(f"{name!r} cannot be a model's name: letters, digits and _ . + - are")
         if names.count(name) > 1:
             raise UserError(f"two of the models are {name}: give each file once")
+    for name, (path, _) in zip(names, checked, strict=True):
+        _replaceable(out / name, path)
     made = []
     for name, (path, card) in zip(names, checked, strict=True):
         if card.gate is None or not card.gate.passed:
@@ -71,6 +73,22 @@ def write_repository(
     if engine == "mlserver" and not (out / SETTINGS).exists():
         (out / SETTINGS).write_text(json.dumps({"host": "127.0.0.1", "parallel_workers": 0}, indent=1) + "\n")
     return made
+
+
+def _replaceable(folder: Path, source: Path) -> None:
+    """Raise UserError unless nothing is at `folder`, or a model that was exported before: it has a card of ours."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.resolve() == source.parent.resolve():
+        raise UserError(f"{folder} is the model that is to be exported; give another --out")
+    try:
+        schema = json.loads((folder / CARD).read_text(encoding="utf-8"))["schema"]
+    except (OSError, ValueError, KeyError, TypeError):
+        schema = None
+    if folder.is_symlink() or not str(schema).startswith(SCHEMA.partition("/")[0] + "/"):
+        raise UserError(
+            f"{folder} exists and is no exported model (it has no {CARD} of ours); move it or give another --out"
+        )
 
 
 # --- Triton ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,16 @@ class Brought:
     notes: tuple[str, ...] = ()
     card: Mapping[str, Any] = field(default_factory=dict)
 
+    def check_attacks(self, names: Iterable[str]) -> None:
+        """Raise UserError if none of these registered attacks can be run: there would be no figure at the end.
+
+        A model without gradient meets random corners all the same, and one with attacks of its own meets those.
+        """
+        lacking = {name: registry.resolve("attack", name).needs - self.system.offers for name in names}
+        if all(lacking.values()) and "gradient" in self.system.offers and not self.system.adaptive_attacks():
+            told = ", ".join(f"{name} needs {' and '.join(sorted(what))}" for name, what in lacking.items())
+            raise UserError(f"--attacks: none of them can be run on this model ({told}); choose others")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -57,7 +67,9 @@ class Request:
         checkpoint = not path.is_dir() and path.suffix in CHECKPOINTS
         self._refuse_unused(checkpoint, checkpoint or (path.suffix != ".onnx" and ":" in self.model))
         if is_released(path):
-            return self._onnx(path / "model.onnx")
+            from casemate.deploy.card import model_path
+
+            return self._onnx(model_path(path))
         if path.is_dir():
             return self._trained(path)
         if path.suffix == ".onnx":
@@ -68,7 +80,8 @@ class Request:
             return self._callable()
         raise UserError(
             f"{self.model} is no model: give file.py:callable, package.module:callable, a checkpoint "
-            f"({', '.join(CHECKPOINTS)}) with --network, the folder of a trained row, a released folder, or an .onnx file"
+            f"({', '.join(CHECKPOINTS)}) with --network, the folder of a trained row or a released model, or an "
+            "existing .onnx file"
         )
 
     def _refuse_unused(self, checkpoint: bool, shapeless: bool) -> None:
