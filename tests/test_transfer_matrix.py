@@ -23,7 +23,7 @@ from casemate.networks.base import Classifier
 from casemate.system import TorchSystem
 from casemate.threat import ThreatModel, untargeted
 
-LINF = ThreatModel("linf", 0.1)
+LINF = ThreatModel("linf", 0.15)  # white box and transfer are far apart here, whatever the processor rounds
 
 
 def runner(folder: Path, chunk: int = 60) -> Runner:
