@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +128,7 @@ def summary() -> None:
 
 def ui(port: int) -> None:
     from casemate import tracking
+    from casemate.serving.server import listen
     from pipeline.common import STATE
 
     store = STATE / "mlflow"
@@ -136,25 +136,13 @@ def ui(port: int) -> None:
     if uri.startswith(("http://", "https://")):
         print(f"the runs are on the server of MLFLOW_TRACKING_URI: {uri}")
         return
-    check_free(port)
+    listen("127.0.0.1", port).close()  # MLflow itself ends as if all were well where the port is taken
     store.mkdir(parents=True, exist_ok=True)
     artifacts = (store.resolve() / "artifacts").as_uri()
     print(f"open 127.0.0.1:{port} in a browser; Ctrl-C ends it", flush=True)
     call([str(PYTHON if PYTHON.exists() else sys.executable), "-m", "mlflow", "ui", "--host", "127.0.0.1",
           "--port", str(port), "--backend-store-uri", uri, "--default-artifact-root", artifacts],
          MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")  # fmt: skip
-
-
-def check_free(port: int) -> None:
-    """Raise UserError unless a page can be opened on this port: MLflow itself ends as if all were well."""
-    from casemate.errors import UserError
-
-    try:
-        with socket.create_server(("127.0.0.1", port)):
-            pass
-    except OSError as error:
-        why = os.strerror(error.errno or 0)
-        raise UserError(f"cannot listen on 127.0.0.1:{port} ({why}); choose another with --port") from None
 
 
 def runs(action: str, path: Path | None) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from casemate.errors import UserError
 from casemate.reporting import Leaderboard
+from casemate.serving.server import listen
 from pipeline import __main__ as commands
 
 
@@ -49,10 +50,11 @@ def test_a_taken_port_is_said_before_the_page_is_announced(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*; choose another with --port"):
+        said = rf"cannot listen on 127.0.0.1:{port} \(Address already in use\); choose another with --host or --port"
+        with pytest.raises(UserError, match=said):
             commands.ui(port)
     assert "open" not in capsys.readouterr().out
-    commands.check_free(port)
+    listen("127.0.0.1", port).close()
 
 
 @pytest.mark.parametrize(("command", "port"), [("ui", "0"), ("ui", "65536"), ("demo", "-1"), ("demo", "70000")])

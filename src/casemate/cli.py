@@ -17,7 +17,7 @@ import typer
 from casemate import registry
 from casemate.cli_serving import app as serving
 from casemate.errors import UserError, check_file, check_folder, near, one_line_errors
-from casemate.fields import fraction
+from casemate.fields import check_radius, fraction
 
 if TYPE_CHECKING:
     from casemate.evaluation.bring import Request
@@ -183,13 +183,11 @@ def _threat(norm: str, radius: str) -> ThreatModel:
         raise UserError(f"--norm {norm}: known are linf and l2")
     try:
         value = float(fraction(radius))
+        check_radius(norm, value)
     except ValueError as error:
         raise UserError(f"--radius: {error}") from None
     if value <= 0:
         raise UserError(f"--radius {radius}: must be above 0, in pixel units of [0, 1], such as 8/255")
-    if norm == "linf" and value >= 1:
-        shown = f"; did you mean {value:g}/255?" if value <= 255 else ""
-        raise UserError(f"--radius {radius}: pixels are in [0, 1]{shown}")
     from casemate.threat import ThreatModel
 
     return ThreatModel("linf" if norm == "linf" else "l2", value)

@@ -32,6 +32,13 @@ def fraction(value: Any) -> Any:
     return value
 
 
+def check_radius(norm: str, radius: float) -> None:
+    """Raise ValueError for a radius in linf that lets every pixel be anything: pixels are in [0, 1]."""
+    if norm == "linf" and radius >= 1:
+        shown = f"; did you mean {radius:g}/255?" if radius <= 255 else ""
+        raise ValueError(f"radius {radius:g} in linf: pixels are in [0, 1]{shown}")
+
+
 Real = Annotated[float, BeforeValidator(fraction), Field(allow_inf_nan=False)]
 NonNegative = Annotated[Real, Field(ge=0)]
 Positive = Annotated[Real, Field(gt=0)]

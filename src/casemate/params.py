@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from casemate import registry
 from casemate.errors import UserError, first_line, near
 from casemate.evaluation.detection_schema import DetectParams
-from casemate.evaluation.schema import EvaluateParams
+from casemate.evaluation.schema import EvaluateParams, ThreatParams
 from casemate.evaluation.study_schema import StudyParams
 from casemate.fields import Count, Flag, Natural, Positive, Seed, Text, Unit
 from casemate.training.recipe import Recipe
@@ -34,18 +34,6 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Threat(Section):
-    norm: Literal["linf", "l2"]
-    radius: Positive
-
-    @model_validator(mode="after")
-    def _within_pixels(self) -> Threat:
-        if self.norm == "linf" and self.radius >= 1:
-            shown = f"; did you mean {self.radius:g}/255?" if self.radius <= 255 else ""
-            raise ValueError(f"radius {self.radius:g} in linf: pixels are in [0, 1]{shown}")
-        return self
 
 
 class Network(Section):
@@ -162,7 +150,7 @@ class Params(Section):
     validation: Count
     """Images set aside from the training set; selection never sees the test set."""
     train_size: Count | None = None
-    threat: Threat
+    threat: ThreatParams
     network: Network
     pretrain: dict[Name, Method]
     defenses: dict[Name, Method] = {}

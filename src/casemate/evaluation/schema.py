@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from casemate import registry
 from casemate.errors import near
-from casemate.fields import Count, Natural, Positive, Radius, Text, Unit
+from casemate.fields import Count, Natural, Positive, Radius, Text, Unit, check_radius
 
 CellName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 View = Literal["adaptive", "static", "both"]
@@ -22,6 +22,11 @@ class Section(BaseModel):
 class ThreatParams(Section):
     norm: Literal["linf", "l2"]
     radius: Positive
+
+    @model_validator(mode="after")
+    def _within_pixels(self) -> ThreatParams:
+        check_radius(self.norm, self.radius)
+        return self
 
 
 class AttackParams(Section):

@@ -8,7 +8,7 @@ from typing import Any
 
 from casemate.evaluation.images import EvaluationSet
 from casemate.evaluation.masking import Finished
-from casemate.evaluation.plan import Bind, Planned, Runner, plan_suites
+from casemate.evaluation.plan import Planned, Runner
 from casemate.evaluation.schema import EvaluateParams
 from casemate.evaluation.worst import worst_cases
 from casemate.system import System
@@ -34,14 +34,11 @@ class HeldOut:
         asked = self.params.selection
         return (asked.suite if asked else None) or next(iter(self.params.suites))
 
-    def plan(self, system: System, most: int, budget: float, bind: Bind) -> list[Planned]:
-        """The suite's cells, on at most as many images as it has for the test."""
+    def cells(self, tested: Sequence[Planned]) -> list[Planned]:
+        """Of the cells that are run on test images those of the suite, on at most as many images as there."""
         assert self.params.selection is not None
-        most = min(most, self.params.selection.images)
-        found = plan_suites(
-            system, self.params, self.runner.threat, total=len(self.runner.data), most=most, budget=budget, bind=bind
-        )
-        return [cell for cell in found.suites if cell.suite == self.suite]
+        most = min(self.params.selection.images, len(self.runner.data))
+        return [replace(c, images=min(most, c.images)) for c in tested if c.suite == self.suite]
 
     def finish(self, system: System, cells: Sequence[Planned], row: str) -> list[Finished]:
         """Run what the ledger does not hold."""

@@ -206,7 +206,7 @@ class _Job:
         self.images = asked if candidate.primary else min(params.secondary_images, asked)
         self.plan = Plan() if self.not_evaluated else self._plan(about.budget, bind)
         self.held = None if self.not_evaluated else held
-        self.selection = [] if self.held is None else self.held.plan(self.system, self.images, about.budget, bind)
+        self.selection = [] if self.held is None else self.held.cells(self.plan.suites)
 
     def _plan(self, budget: float, bind: Bind) -> Plan:
         total, threat, params = len(self.runner.data), self.runner.threat, self.params

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import os
 import socket
 from typing import Any, ClassVar
 
@@ -134,7 +135,8 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        code = getattr(error, "errno", None) or 0  # asked for its own words: `create_server` adds the address again
+        reason = os.strerror(code) if code > 0 else getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot listen on {host}:{port} ({reason}); choose another with --host or --port") from None
 
 
