@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from casemate.cli import app
+from casemate.deploy import card as cards
 from casemate.deploy.export import export_system
 from casemate.deploy.metadata import About
 from casemate.errors import UserError
 from casemate.evaluation.bring import load_source
 from casemate.system import TorchSystem
+from tests.test_deploy_card import made as sample_card
 
 CODE = """
 import torch
@@ -36,12 +37,12 @@ def own(tmp_path: Path) -> str:
 
 @pytest.fixture
 def released(tmp_path: Path) -> Path:
-    """A released folder, as far as `evaluate` looks at it."""
     folder = tmp_path / "champion"
     folder.mkdir()
     system = TorchSystem(trained_network(), input_shape=(1, 8, 8), num_classes=10)
-    export_system(system, folder / "model.onnx", About("digits", tuple("0123456789"), "linf", 0.1))
-    (folder / "card.json").write_text(json.dumps({"schema": "casemate-card/1"}))
+    model = folder / "model.onnx"
+    export_system(system, model, About("digits", tuple("0123456789"), "linf", 0.1))
+    cards.write(sample_card(sha256=cards.file_sha256(model), size=model.stat().st_size), folder)
     return folder
 
 
@@ -66,6 +67,15 @@ def test_a_released_folder_is_attacked_by_its_file(released: Path, raw: Path, tm
     assert "champion: pgd is left out: it needs gradient" in done.stdout and "corners" in done.stdout
     with pytest.raises(UserError, match=r"a released folder, .* give models/PROFILE/trained/ROW"):
         load_source(released, "cpu")
+
+
+def test_a_released_file_that_was_exchanged_is_refused(released: Path, raw: Path, tmp_path: Path) -> None:
+    """Figures under a released name must be of the file that was released."""
+    with (released / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    refused = invoke(raw, tmp_path, str(released), "--attacks", "square")
+    assert refused.exit_code == 2 and refused.stderr.count("\n") == 1 and not refused.stdout
+    assert "is not the file that" in refused.stderr and "changed or exchanged" in refused.stderr
 
 
 def test_classes_that_fit_by_chance_are_refused(own: str, released: Path, raw: Path, tmp_path: Path) -> None:

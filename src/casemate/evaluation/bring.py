@@ -67,8 +67,9 @@ class Request:
         checkpoint = not path.is_dir() and path.suffix in CHECKPOINTS
         self._refuse_unused(checkpoint, checkpoint or (path.suffix != ".onnx" and ":" in self.model))
         if is_released(path):
-            from casemate.deploy.card import model_path
+            from casemate.deploy.card import model_path, verify
 
+            verify(path)
             return self._onnx(model_path(path))
         if path.is_dir():
             return self._trained(path)
