@@ -149,7 +149,7 @@ def runs(action: str, path: Path | None) -> None:
     from casemate import tracking
     from casemate.errors import UserError
     from casemate.params import load_params
-    from pipeline.common import STATE, md5
+    from pipeline.common import STATE
 
     experiment = load_params(Path("params.yaml")).tracking.experiment
     if action == "rebuild":
@@ -158,7 +158,7 @@ def runs(action: str, path: Path | None) -> None:
         return
     if path is None or not path.is_file():
         raise UserError("'runs find' needs a file that the pipeline made, such as a weights.safetensors")
-    for found in tracking.find_runs(STATE / "mlflow", experiment, md5(path)):
+    for found in tracking.find_runs(STATE / "mlflow", experiment, path):
         print(found.info.run_id, found.info.run_name, found.data.tags.get("git.commit", ""))
 
 

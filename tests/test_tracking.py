@@ -68,9 +68,13 @@ def test_an_output_leads_to_its_run_and_a_failed_stage_says_so(tmp_path: Path, p
         recorder.output(output)
     with pytest.raises(RuntimeError), tracking.stage_run(params, "train", "b", store):
         raise RuntimeError
-    digest = subprocess.run(["md5sum", output], capture_output=True, text=True, check=True).stdout.split()[0]
-    (found,) = tracking.find_runs(store, "casemate", digest)
+    (found,) = tracking.find_runs(store, "casemate", output)
     assert found.info.run_name == "train@a" and found.data.tags["dvc.out"] == str(output)
+    digest = subprocess.run(["md5sum", output], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert found.data.tags["dvc.out.md5"] == digest  # as dvc.lock has it
+    output.write_bytes(b"other weights")
+    with pytest.raises(UserError, match=r"no run recorded .*weights.safetensors as it is now \(MD5 [0-9a-f]{32}\)"):
+        tracking.find_runs(store, "casemate", output)
     assert {r.info.run_name: r.info.status for r in all_runs(store)}["train@b"] == "FAILED"
 
 
@@ -116,7 +120,7 @@ def test_a_bad_address_is_one_line(uri: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI=.*unset it") as caught:
-        tracking.find_runs(tmp_path / "mlflow", "casemate", "0" * 32)
+        tracking.find_runs(tmp_path / "mlflow", "casemate", Path(__file__))
     assert "\n" not in str(caught.value) and uri in str(caught.value)
 
 
@@ -133,15 +137,13 @@ def test_messages_hold_no_password() -> None:
 
 def test_a_damaged_store_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("not a database" * 100)
-    for call in (lambda: tracking.find_runs(tmp_path, "casemate", "0"), lambda: rebuilt(tmp_path, tmp_path)):
+    for call in (
+        lambda: tracking.find_runs(tmp_path, "casemate", Path(__file__)),
+        lambda: rebuilt(tmp_path, tmp_path),
+    ):
         with pytest.raises(UserError, match=r"mlflow.db cannot be used .*runs rebuild") as caught:
             call()
         assert "\n" not in str(caught.value)
-
-
-def test_an_output_that_no_run_recorded_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"no run recorded a file with the MD5 {'0' * 32}"):
-        tracking.find_runs(tmp_path, "casemate", "0" * 32)
 
 
 def write_reports(reports: Path) -> Path:

@@ -98,7 +98,7 @@ class MlflowRecorder:
 
     def output(self, path: Path) -> None:
         """Tag the run with a DVC output: `dvc.lock` holds the same MD5, so each leads to the other."""
-        digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        digest = _md5(path)
         self.tags({"dvc.out": str(path), "dvc.out.md5": digest})
 
     def send(self, call: Any) -> None:
@@ -176,17 +176,22 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 # --- leading from outputs to runs, and back -----------------------------------------------------------------
 
 
-def find_runs(store: Path, experiment: str, digest: str) -> list[Any]:
-    """The runs that made the DVC output with this MD5, newest first. Raises UserError if none did."""
+def find_runs(store: Path, experiment: str, output: Path) -> list[Any]:
+    """The runs that made this output of a stage as it is now (by its MD5), newest first. Raises UserError if none."""
+    digest = _md5(output)
     client, known = connect(store, experiment)
     with usable(client.tracking_uri, store):
         found = list(client.search_runs([known], f"tags.`dvc.out.md5` = '{digest}'"))
     if not found:
         raise UserError(
-            f"no run recorded a file with the MD5 {digest}: one does when its stage writes its output, and runs that "
-            "were rebuilt from reports know of none"
+            f"no run recorded {output} as it is now (MD5 {digest}): one does when its stage writes its output, and "
+            "runs that were rebuilt from reports know of none"
         )
     return found
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 # --- runs for a fresh clone ----------------------------------------------------------------------------------
@@ -204,7 +209,7 @@ def rebuild(store: Path, experiment: str, reports: Path, say: Any = print) -> in
         for profile in sorted(p.parent for p in reports.glob("*/leaderboard.json")):
             for path in sorted([*profile.glob("train/*.json"), *profile.glob("evaluate/*.json")]):
                 tags = {
-                    "casemate.rebuilt": hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest(),
+                    "casemate.rebuilt": _md5(path),
                     "casemate.stage": path.parent.name, "casemate.row": path.stem, "casemate.profile": profile.name,
                 }  # fmt: skip
                 if _recorded(client, known, tags):
