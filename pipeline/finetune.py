@@ -67,8 +67,8 @@ def fit(params: Params, row: str, name: str, generator: Generator, data: Trainin
         recorder.params({"victim": row, "attack": name, "recipe": recipe.as_dict()})
 
         def save(done: Trained) -> None:
-            save_artifact(out, done.modules, {**card, "metrics": done.curves[-1]})
             write_text(out / "curves.csv", as_csv(done.curves))
+            save_artifact(out, done.modules, {**card, "metrics": done.curves[-1]})  # last: it says "fitted already"
 
         train(
             method, task, data.train, None, recipe, seed=params.seed, device=device,

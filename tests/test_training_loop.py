@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -455,7 +456,10 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
     shown = os.read(reader, 100_000).decode()
     os.close(reader)
-    assert "epoch 2/2" in shown and "robust" in shown and "\x1b[" in shown
+    assert "\x1b[" in shown
+    frame = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\r", shown).replace("\n", "\r").split("epoch 2/2")[-1].split("\r")
+    assert re.search(r"loss \S+ +clean \S+ % +robust \S+ %", "".join(frame))
+    assert len(re.findall(r"\d:\d\d:\d\d", "".join(frame))) == 2  # spent, and left
 
 
 def drawn(augment: bool, pad: int = 1, flip: bool = True) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from casemate.attacks.gradient import PGD
+from casemate.data.base import Images
+from casemate.data.device import DeviceData
 from casemate.defenses.at_pgd import ATPGD
 from casemate.defenses.base import Defense
 from casemate.defenses.crafting import Ascent, crafting
@@ -218,6 +221,16 @@ def test_training_stops_and_names_the_batch_that_fits(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="out of memory at step 2") as said:
         run(Wide(), recipe(batch_size=16, epochs=2), samples=data(48))
     assert "batch_size 16: 4 fits" in str(said.value)
+
+
+def test_memory_that_gives_out_before_the_first_batch_is_one_line() -> None:
+    class Large(DeviceData):
+        def batches(self, *given: Any, **options: Any) -> Any:
+            full(2, 1)
+
+    large = Large(Images(np.zeros((40, 4, 4, 1), np.uint8), np.zeros(40, np.int64)))
+    with pytest.raises(UserError, match="out of memory at step 0 with batch_size 10, before a batch was at hand"):
+        run(Plain(), recipe(), samples=large)
 
 
 class Victim(nn.Module):

@@ -355,9 +355,10 @@ class _Run(RunState):
     def _too_large(self) -> str:
         """What to say when memory has run out in a step: the batch that fits, found by trying. The run is over, so
         the trial may spoil it; batch statistics would change with the batch, so it is not cut behind one's back."""
-        assert self.at_hand is not None
-        x, y, indices = self.at_hand
         said = f"out of memory at step {self.step} with batch_size {self.recipe.batch_size}"
+        if self.at_hand is None:
+            return f"{said}, before a batch was at hand: take a larger device{self._kept()}"
+        x, y, indices = self.at_hand
         self.advance = self._body
 
         def step(size: int) -> None:
