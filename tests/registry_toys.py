@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -66,8 +66,19 @@ class Died(Exception):
     """The run was cut off."""
 
 
-def mortal(method: Defense, at: int) -> Defense:
-    """`method` with a step that dies in the middle, after its first update, the first time that step `at` comes."""
+def many_players() -> Defense:
+    """The registered defense that trains most modules side by side, at toy size."""
+    task = Task(SHAPE, CLASSES, ThreatModel("linf", 0.1), network=network, player=training_toys.recipe().player)
+    made = [toy(name) for name in registry.names("defense") if name != "given"]
+    return max(made, key=lambda method: len(method.modules(task)))
+
+
+def die() -> None:
+    raise Died
+
+
+def mortal(method: Defense, at: int, end: Callable[[], None] = die) -> Defense:
+    """`method` with a step that ends in the middle, after its first update, the first time that step `at` comes."""
     alive = [at]
     kind = type(method)
 
@@ -78,6 +89,6 @@ def mortal(method: Defense, at: int) -> Defense:
                 yield update
                 if alive and ctx.step == alive[0]:
                     alive.clear()
-                    raise Died
+                    end()
 
     return Mortal(**asdict(method))  # type: ignore[call-overload, no-any-return]
