@@ -16,11 +16,13 @@ from torch import Tensor
 from casemate.attacks.carlini_wagner import CWL2
 from casemate.attacks.gradient import FGSM, PGD
 from casemate.attacks.joint import Joint
+from casemate.detectors.fitting import Regression
 from casemate.detectors.kd import KD
 from casemate.detectors.lid import LID
 from casemate.errors import UserError
 from casemate.evaluation.detection import Judged, auroc, figures, mean_and_deviation, tpr_at_fpr
 from casemate.evaluation.detection_protocol import Protocol, crafted, noisy, run_protocol, split
+from casemate.fields import spec
 from casemate.threat import ThreatModel
 
 LINF = ThreatModel("linf", 0.2)
@@ -112,8 +114,11 @@ def test_noise_has_the_norm_of_the_perturbation() -> None:
 
 def protocol_table(**changes: Any) -> dict[str, Any]:
     x, y = digits()
+    y = changes.pop("labels", y)
     attacks: Any = {"fgsm": (FGSM(), LINF), "pgd": (PGD(steps=10, keep="last"), LINF)}
+    attacks = changes.pop("attacks", attacks)
     detectors = {"kd": KD(), "kd_half": KD(threshold="half"), "lid": LID(), "lid_batch": LID(reference="batch")}
+    detectors = changes.pop("detectors", detectors)
     protocol = Protocol(**{"splits": 2, "adaptive": Joint(steps=10, rounds=3), "adaptive_images": 30, **changes})
     return run_protocol(
         trained_network(), detectors, attacks, (x[:1000], y[:1000]), (x[1000:1400], y[1000:1400]), protocol
@@ -155,7 +160,42 @@ def test_a_clean_error_is_no_image_that_the_whole_system_kept() -> None:
             return SimpleNamespace(success=torch.zeros(len(x), dtype=torch.bool), prediction=system.decide(x))
 
     table = protocol_table(splits=1, adaptive=Harmless(), adaptive_images=320)
-    assert all(row["evaded"] == 0 and 0.8 < row["accuracy"] < 1 for row in table["adaptive"])
+    assert all(row["evaded"] == 0 and 0.8 < row["accuracy"] == row["natural"] < 1 for row in table["adaptive"])
+
+
+@spec
+class Paranoid(KD):
+    """Flags everything."""
+
+    def regress(self, natural: Tensor, adversarial: Tensor) -> Regression:
+        fit = KD.regress(self, natural, adversarial)
+        fit.threshold.fill_(-1e9)
+        return fit
+
+
+def test_a_system_that_rejects_everything_keeps_nothing() -> None:
+    table = protocol_table(splits=1, adaptive=Joint(steps=2, rounds=1), detectors={"all": Paranoid()})
+    (own, *_) = (row for row in table["rows"] if row["own"] and row["scope"] == "all")
+    assert own["acc_com"] == 1 and own["system_natural"] == 0
+    assert all(row["rejected"] == 1 and row["natural"] == row["accuracy"] == 0 for row in table["adaptive"])
+
+
+def test_what_an_attack_leaves_as_it_was_is_no_adversarial_image() -> None:
+    """FGSM and C&W give clean errors back untouched: counted as adversarial, they would be naturals to be flagged."""
+    x, y = digits()
+    wrong = y.clone()
+    wrong[1000:1400:4] = (wrong[1000:1400:4] + 1) % 10
+    alone = system(trained_network(), (1, 8, 8), 10)
+    errors = int((alone.decide(x[1000:1400]) != wrong[1000:1400]).sum())
+    table = protocol_table(splits=1, adaptive=None, detectors={"kd": KD(threshold="half")}, labels=wrong)
+    rows = {(r["tested_on"], r["scope"]): r for r in table["rows"] if r["familiar"]}
+    assert errors > 90 and rows["pgd", "all"]["n_adversarial"] == 320  # which goes on from an error
+    untouched = 320 - rows["fgsm", "all"]["n_adversarial"]
+    assert 0.15 * 320 < untouched < 0.4 * 320
+    for attack in ("fgsm", "pgd"):
+        assert rows[attack, "successes"]["n_adversarial"] <= 320 - untouched
+    with pytest.raises(UserError, match="attack fgsm changed none of the 80 images"):
+        protocol_table(labels=(alone.decide(x) + 1) % 10, detectors={"kd": KD()})
 
 
 def test_the_protocol_repeats_and_its_seed_matters() -> None:

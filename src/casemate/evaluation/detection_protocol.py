@@ -7,7 +7,7 @@ classifier alone, as in the paper; `Joint` then shows what is left against an at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,19 +20,13 @@ from casemate import registry
 from casemate.attacks.base import Attack
 from casemate.attacks.joint import Joint
 from casemate.detectors.base import DetectorSystem
-from casemate.detectors.fitting import (
-    DetectorSpec,
-    FittedDetector,
-    Regression,
-    Scorer,
-    scores_of,
-)
+from casemate.detectors.fitting import DetectorSpec, FittedDetector, Regression, scores_of
 from casemate.errors import UserError
 from casemate.evaluation.answers import all_finite
-from casemate.evaluation.detection import Judged, figures, mean_and_deviation
+from casemate.evaluation.detection_rows import Seen, rows_of
 from casemate.networks.base import Classifier
 from casemate.seeding import derive, generator
-from casemate.system import REJECT, TorchSystem
+from casemate.system import TorchSystem
 from casemate.threat import ThreatModel, untargeted
 from casemate.training.artifact import load_artifact, save_artifact
 
@@ -80,10 +74,11 @@ def run_protocol(
 
     Returns {"attacks": [...], "rows": [...], "adaptive": [...], ...}. A row is a detector fitted to one attack and
     tested on one, at one threshold ("half": probability 1/2, as in the paper; "validation": `false_alarms` of the
-    natural images of set I) and counting all adversarial images or only those that fool the classifier alone
-    ("scope"), "own" where the threshold is the detector's own. Its figures are `detection.figures`, and
-    "noisy_false_alarms": the share of natural images flagged when random noise of the attack's l2 norm is added.
-    Raises UserError for sets that are too small.
+    natural images of set I) and counting all adversarial images or only those right before and wrong after ("scope"),
+    "own" where the threshold is the detector's own. Its figures are `detection.figures`, and "noisy_false_alarms":
+    the share of natural images flagged when random noise of the attack's l2 norm is added. What an attack gives back
+    untouched (clean errors, for most) is natural, and no adversarial image. Raises UserError for sets that are too
+    small, and for an attack that changes no image.
     """
     protocol, progress = protocol or Protocol(), progress or _silent
     (x, y), system = images, _alone(classifier)
@@ -97,14 +92,14 @@ def run_protocol(
     rows: list[dict[str, Any]] = []
     adaptive: list[dict[str, Any]] = []
     for name, spec in detectors.items():
-        seen = _Seen(classifier, scorers[name], x, y, made, noise)
+        seen = Seen(classifier, scorers[name], x, y, made, noise)
         for number, fitted_on in enumerate(attacks):
             progress(f"detector {name}", number, len(attacks))
             fits = [spec.regress(*seen.fitting(fitted_on, first)) for first, _ in sets]
             for tested_on in attacks:
                 each = [seen.judged(tested_on, fit, second) for fit, (_, second) in zip(fits, sets, strict=True)]
                 named = {"detector": name, "fitted_on": fitted_on, "tested_on": tested_on}
-                rows += [{**named, "familiar": fitted_on == tested_on, **row} for row in _rows(each, spec)]
+                rows += [{**named, "familiar": fitted_on == tested_on, **row} for row in rows_of(each, spec)]
             if protocol.adaptive is not None and scorers[name].deployable:
                 whole = FittedDetector(spec, classifier, scorers[name], fits[0])
                 named = {"detector": name, "fitted_on": fitted_on}
@@ -140,8 +135,9 @@ def deployable(
         progress(f"detector {name} on validation images", number, len(detectors))
         scorer = spec.scorer(classifier, *train, seed)
         if scorer.deployable:
-            scores = [scores_of(scorer, classifier, images, x)[0] for images in (x, found)]
-            fitted[name] = FittedDetector(spec, classifier, scorer, spec.regress(*scores))
+            natural, adversarial = (scores_of(scorer, classifier, images, x)[0] for images in (x, found))
+            changed = (found != x).flatten(1).any(1)
+            fitted[name] = FittedDetector(spec, classifier, scorer, spec.regress(natural, adversarial[changed]))
     return fitted
 
 
@@ -205,50 +201,7 @@ def _attack_row(
     }  # fmt: skip
 
 
-# --- scores and figures ---------------------------------------------------------------------------------------
-
-
-class _Seen:
-    """The scores of one detector's images, worked out once for all fits and splits."""
-
-    def __init__(
-        self, classifier: Classifier, scorer: Scorer, x: Tensor, y: Tensor,
-        made: Mapping[str, Tensor], noise: Mapping[str, Tensor],
-    ) -> None:  # fmt: skip
-        self.y = y
-        self.natural = scores_of(scorer, classifier, x, x)
-        self.made = {name: scores_of(scorer, classifier, found, x) for name, found in made.items()}
-        self.noise = {name: scores_of(scorer, classifier, found, x) for name, found in noise.items()}
-
-    def fitting(self, attack: str, first: Tensor) -> tuple[Tensor, Tensor]:
-        return self.natural[0][first], self.made[attack][0][first]
-
-    def judged(self, attack: str, fit: Regression, second: Tensor) -> tuple[Judged, Judged, Judged, float]:
-        """(natural, adversarial, noisy natural) of set II, and the threshold."""
-        parts = []
-        for scores, predicted in (self.natural, self.made[attack], self.noise[attack]):
-            right = (predicted == self.y)[second]
-            parts.append(Judged(fit(scores[second]).double().cpu().numpy(), right.cpu().numpy()))
-        return parts[0], parts[1], parts[2], float(fit.threshold)
-
-
-def _rows(each: Sequence[tuple[Judged, Judged, Judged, float]], spec: DetectorSpec) -> list[dict[str, Any]]:
-    """A row for each threshold and scope, over the splits."""
-    rows = []
-    thresholds = {"half"} if spec.threshold == "half" else {"half", "validation"}
-    for threshold in sorted(thresholds):
-        for scope in ("all", "successes"):
-            figured = []
-            for natural, adversarial, noise, own in each:
-                at = 0.0 if threshold == "half" else own
-                counted = adversarial if scope == "all" else adversarial[~adversarial.right]
-                if len(counted.odds):
-                    alarms = float((noise.odds > at).mean())
-                    figured.append({**figures(natural, counted, at), "noisy_false_alarms": alarms})
-            if figured:
-                named = {"threshold": threshold, "own": threshold == spec.threshold, "scope": scope}
-                rows.append({**named, **mean_and_deviation(figured)})
-    return rows
+# --- the attack that knows the detector -----------------------------------------------------------------------
 
 
 def _adaptive(
@@ -256,8 +209,9 @@ def _adaptive(
 ) -> list[dict[str, Any]]:
     """What is left of the whole system under the joint attack, in every threat model of the attacks it can work in.
 
-    `accuracy` is of the whole system: an image counts if it is rejected or classified correctly both times, clean
-    and attacked. `evaded` is the attack's own share of successes.
+    `natural` is the whole system's accuracy before: accepted and classified correctly. `accuracy` counts those of
+    them that are rejected or classified correctly after, so that rejecting everything is worth nothing. `evaded` is
+    the attack's own share of successes, `rejected` what is flagged in the end.
     """
     classifier, joint = detector.classifier, protocol.adaptive
     assert joint is not None
@@ -266,15 +220,15 @@ def _adaptive(
     )
     chosen = second[: protocol.adaptive_images]
     x, y = images[0][chosen], images[1][chosen]
-    clean = system.decide(x)
-    kept = (clean == y) | (clean == REJECT)
+    right = system.decide(x) == y
     rows = []
     for threat in dict.fromkeys(threat for _, threat in attacks.values()):
         result = joint(system, x, untargeted(y), threat, derive(protocol.seed, "joint", threat))
         rows.append({
             "attack": "joint", "threat": str(threat), "n": len(x),
+            "natural": float(right.float().mean()),
             "evaded": float(result.success.float().mean()),
-            "accuracy": float((kept & ~result.success).float().mean()),
+            "accuracy": float((right & ~result.success).float().mean()),
             "rejected": float((result.prediction < 0).float().mean()),
         })  # fmt: skip
     return rows

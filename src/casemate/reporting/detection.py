@@ -55,13 +55,16 @@ class Judged(Record):
 
 
 class Adaptive(Record):
-    """What is left of classifier and detector under an attack that knows both, on `n` images."""
+    """What is left of classifier and detector under an attack that knows both, on `n` images: of the images that are
+    accepted and right before it, a share `natural`, those that are rejected or right after it, `accuracy`."""
 
     detector: str
     fitted_on: str
     threat: str
     n: int
+    natural: Number = None
     accuracy: float
+    rejected: Number = None
 
 
 class Stored(Record):
