@@ -21,9 +21,8 @@ def run(params: Params, options: argparse.Namespace) -> None:
     from casemate.reporting import Leaderboard, ReportInputs, champion, write_overview, write_report
 
     reports = params.reports_dir
-    page = write_report(
-        ReportInputs.load(params.profile, reports, params.models_dir, params.evaluate.models), reports
-    )
+    inputs = ReportInputs.load(params.profile, reports, params.models_dir, params.evaluate.models, params.notes)
+    page = write_report(inputs, reports)
     write_overview(reports.parent)
     best = champion(Leaderboard.read(reports / "leaderboard.json"))
     model = crown(params, best)

@@ -65,6 +65,7 @@ def put(path: str, value: Any) -> dict[str, Any]:
             [{"rows": ["at_pdg"], "suite": "core", "accuracy": 1}],
             ["floors: no row 'at_pdg'", "'at_pgd'"],
         ),
+        ("notes", {"at_pdg": "slim"}, ["notes: no row 'at_pdg'", "'at_pgd'"]),
         ("evaluate.models", ["standard", "at_pdg"], ["evaluate.models", "no row 'at_pdg'", "'at_pgd'"]),
         ("device", "gpu", ["device", "gpu"]),
         ("threat", {"norm": "linf"}, ["threat.radius: this key is needed"]),
@@ -219,6 +220,7 @@ def test_every_profile_has_the_keys_that_the_stages_read(name: str, tmp_path: Pa
     ("path", "said"),
     [
         ("detect", "detect: this key is needed, as the stages read it; 'detect: {}' for none"),
+        ("notes", "notes: this key is needed, as the stages read it; 'notes: {}' for none"),
         ("train_size", "train_size: this key is needed, as the stages read it; 'train_size: null' for none"),
         ("export", "export: this key is needed, as the stages read it$"),
         ("export.models", "export.models: this key is needed"),

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,14 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(reports: Path) -> str:
     return (reports / "mnist/index.html").read_text()
+
+
+def test_words_on_a_row_stand_in_its_article(tmp_path: Path) -> None:
+    inputs = replace(write_profile(tmp_path, rows()), notes={"trades": "A network of half the width & no more."})
+    page = write_report(inputs, tmp_path / "reports/mnist").read_text()
+    articles = re.findall(r'<article class="panel row" id="row-(\w+)".*?</article>', page, re.DOTALL)
+    assert "trades" in articles and page.count("half the width &amp; no more.") == 1
+    assert "half the width" in page[page.index('id="row-trades"') :].split("</article>")[0]
 
 
 # --- the leaderboard ------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from casemate.training.recipe import Recipe
 
 NEEDED: dict[str, str] = {
     "train_size": "null", "defenses": "{}", "tuned": "{}", "subset": "{}", "detect": "{}", "study": "{}",
-    "finetune": "{}", "release": "{}", "export": "", "export.models": "", "evaluate.models": "",
+    "notes": "{}", "finetune": "{}", "release": "{}", "export": "", "export.models": "", "evaluate.models": "",
     "evaluate.source": "",
 }  # fmt: skip
 """Keys that stages depend on, so that nothing runs without them although they have defaults; with what stands for
@@ -160,6 +160,8 @@ class Params(Section):
     evaluate: EvaluateParams
     detect: dict[Name, DetectParams] = {}
     """Detectors, by the row that they stand behind."""
+    notes: dict[Name, Text] = {}
+    """A line of words on a row, such as what is smaller in it than in its paper; the report shows it."""
     study: StudyParams = StudyParams()
     """Success tables, distances and pictures beside the leaderboard; off unless it names models."""
     export: Export = Export()
@@ -195,6 +197,7 @@ class Params(Section):
             "evaluate.source": [self.evaluate.source] if self.evaluate.source else [],
             "evaluate.floors": [row for floor in self.evaluate.floors for row in floor.rows],
             "detect": list(self.detect),
+            "notes": list(self.notes),
             "export.models": self.export.models,
         }
         for where, rows in lists.items():

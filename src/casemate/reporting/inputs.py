@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -284,9 +284,14 @@ class ReportInputs:
     """Of the rows that have detectors."""
     study: StudyFile | None = None
     transfer: TransferFile | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Words on a row."""
 
     @classmethod
-    def load(cls, profile: str, reports: Path, models: Path, rows: Sequence[str] | None = None) -> ReportInputs:
+    def load(
+        cls, profile: str, reports: Path, models: Path, rows: Sequence[str] | None = None,
+        notes: Mapping[str, str] | None = None,
+    ) -> ReportInputs:  # fmt: skip
         """Read `reports` (reports/P) and `models` (models/P). `rows` names the rows to show, in that order; without
         it, every row evaluated there, sorted. Raises UserError for a file that is missing or not as expected."""
         if rows is None:
@@ -299,6 +304,7 @@ class ReportInputs:
             load_detections(reports),
             load_study(reports),
             load_transfer(reports),
+            dict(notes or {}),
         )
 
     @property

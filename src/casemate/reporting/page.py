@@ -113,7 +113,7 @@ def _page(inputs: ReportInputs, board: Leaderboard, draws: Mapping[str, Draw], s
             if name in draws
         },
         facts=_facts(inputs), cards={row.name: flat(_without(row.evaluation.card)) for row in inputs.rows},
-        metrics={row.name: flat(row.train) for row in inputs.rows},
+        metrics={row.name: flat(row.train) for row in inputs.rows}, notes=inputs.notes,
     )  # fmt: skip
 
 
