@@ -1,6 +1,7 @@
 """The commands of the pipeline. `run` and `test` need nothing but CPython 3.11 or later, pip and git.
 
 python -m pipeline run [PROFILE]     set up if needed, then the main job: data, training, attacks, ONNX, report
+                                     (--cores N: stages side by side, by Snakemake)
 python -m pipeline test [TIER]       set up if needed, then the tests: unit, gate (what CI runs) or full
 python -m pipeline profile NAME      write params.yaml from pipeline/profiles/NAME.yaml
 python -m pipeline check             validate params.yaml
@@ -72,8 +73,9 @@ def in_environment(*arguments: str) -> None:
 # --- the commands -------------------------------------------------------------------------------------------
 
 
-def run(profile: str | None, seed: int | None, force: bool) -> None:
-    """Set up, choose a profile if one is named, `dvc repro`, and say where the results are."""
+def run(profile: str | None, seed: int | None, force: bool, cores: int | None) -> None:
+    """Set up, choose a profile if one is named, `dvc repro`, stages side by side if `cores` are named, and say where
+    the results are."""
     if seed is not None and not profile:
         sys.exit("error: --seed needs the profile's name; for the present params.yaml change its seed")
     if not (ROOT / ".git").exists() and shutil.which("git") is None:
@@ -85,7 +87,8 @@ def run(profile: str | None, seed: int | None, force: bool) -> None:
     in_environment("check")
     if not (ROOT / ".git").exists():
         call(["git", "init", "-q"])
-    call([str(PYTHON), "-m", "dvc", "repro"])
+    engine = ["dvc", "repro"] if cores is None else ["snakemake", "--cores", str(cores)]
+    call([str(PYTHON), "-m", *engine])
     in_environment("summary")
 
 
@@ -192,6 +195,9 @@ def parse() -> argparse.Namespace:
         command.add_argument("profile", nargs="?" if name == "run" else None)
         command.add_argument("--seed", type=int, help="a training seed of its own: the profile is called NAME_sSEED")
         command.add_argument("--force", action="store_true", help="replace a params.yaml that was edited by hand")
+    commands.choices["run"].add_argument(
+        "--cores", type=int, help="run stages side by side on so many cores; each has the `threads` of params.yaml"
+    )
     commands.add_parser("test").add_argument("tier", nargs="?", default="unit", choices=TIERS)
     commands.add_parser("check")
     commands.add_parser("summary")
@@ -206,13 +212,15 @@ def parse() -> argparse.Namespace:
     lowest = 0 if options.command == "demo" else 1  # `casemate demo` takes a free port for 0
     if not lowest <= getattr(options, "port", lowest) <= 65535:
         parser.exit(2, f"error: --port {options.port}: must be in {lowest}..65535\n")
+    if options.command == "run" and options.cores is not None and options.cores < 1:
+        parser.exit(2, f"error: --cores {options.cores}: must be 1 or more\n")
     return options
 
 
 def main() -> None:
     options = parse()
     if options.command == "run":
-        run(options.profile, options.seed, options.force)
+        run(options.profile, options.seed, options.force, options.cores)
     elif options.command == "test":
         test(options.tier)
     elif options.command == "demo":

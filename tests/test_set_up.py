@@ -75,4 +75,22 @@ def test_a_run_without_git_says_so_before_it_installs_anything(
     monkeypatch.setattr(commands, "call", lambda command, **_: pytest.fail(f"ran {command}"))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(SystemExit, match="error: git is not installed"):
-        commands.run(None, None, False)
+        commands.run(None, None, False, None)
+
+
+@pytest.mark.parametrize(("cores", "engine"), [(None, ["dvc", "repro"]), (3, ["snakemake", "--cores", "3"])])
+def test_stages_run_side_by_side_where_cores_are_named(
+    cores: int | None, engine: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(commands, "set_up", lambda extras: None)
+    monkeypatch.setattr(commands, "call", lambda command, **_: calls.append(command[1:]))
+    commands.run("quick", None, False, cores)
+    assert ["-m", "pipeline", "profile", "quick"] in calls and calls[-2] == ["-m", *engine]
+
+
+def test_no_cores_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["pipeline", "run", "--cores=0"])
+    with pytest.raises(SystemExit) as ended:
+        commands.parse()
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: --cores 0: must be 1 or more\n"
