@@ -41,7 +41,7 @@ def test_the_defaults_are_the_papers_linf_attacks_at_the_profiles_threat_model()
     made = detect.attacks_of(params, wanted)
     assert {name: str(threat) for name, (_, threat) in made.items()} == {"fgsm": "linf 0.3", "pgd": "linf 0.3"}
     pgd: Any = made["pgd"][0]
-    assert (pgd.steps, pgd.keep) == (40, "last")
+    assert (pgd.steps, pgd.size(made["pgd"][1]), pgd.keep) == (40, pytest.approx(0.01), "last")
     assert check_params(profile.resolved("mnist")).detect == {}
 
 

@@ -58,8 +58,8 @@ class AdaptiveParams(Section):
 
 
 def _usual() -> dict[str, DetectedAttack]:
-    """The ER paper's attacks, but for its C&W, which needs a radius of its own in l2."""
-    pgd = DetectedAttack(attack="pgd", options={"steps": 40, "keep": "last"})
+    """The ER paper's attacks (steps of 0.01 at linf 0.3), but for its C&W, which needs a radius of its own in l2."""
+    pgd = DetectedAttack(attack="pgd", options={"steps": 40, "relative_step": 1 / 30, "keep": "last"})
     return {"fgsm": DetectedAttack(attack="fgsm"), "pgd": pgd}
 
 
