@@ -60,9 +60,13 @@ def export_all(params: Params, row: str, out: Path) -> dict[str, Any]:
     images = Labelled(test.images, test.labels)
     files = []
     for name in read_json(stored / "index.json"):
+        detector = load_detector(stored / name, classifier)
+        if not detector.scorer.exportable:
+            print(f"{row} {name}: its score is a search, which no file holds: not exported")
+            continue
         system = DetectorSystem(
-            classifier, load_detector(stored / name, classifier), input_shape=classifier.input_shape,
-            num_classes=classifier.num_classes, name=f"{row}+{name}",
+            classifier, detector, input_shape=classifier.input_shape, num_classes=classifier.num_classes,
+            name=f"{row}+{name}",
         )  # fmt: skip
         folder = out / name
         folder.mkdir()

@@ -13,15 +13,16 @@ from attack_toys import digits, system, trained_network
 
 from casemate.attacks.gradient import FGSM
 from casemate.deploy import card as cards
+from casemate.detectors.density import KernelDensity
 from casemate.detectors.kd import KD
 from casemate.detectors.lid import LID
 from casemate.errors import UserError
 from casemate.evaluation.detection_protocol import deployable, load_detector, run_protocol, save_detector
-from casemate.params import Params, check_params
+from casemate.params import Params, check_params, load_params
 from casemate.threat import ThreatModel
 from casemate.tracking import detection_metrics
 from casemate.training.artifact import load_system
-from pipeline import dag, detect, profile
+from pipeline import dag, detect, export_detectors, profile
 from tests.project import Project
 
 KERNEL = {"detectors": {"kd": {"method": "kd"}}}
@@ -206,3 +207,14 @@ def test_a_detectors_file_goes_through_the_gate_and_has_its_card(smoke: Project)
     (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes() + b" ")
     with pytest.raises(UserError, match="was changed or exchanged"):
         cards.verify(folder)
+
+
+@pytest.mark.slow
+def test_a_detector_that_no_file_holds_is_left_out_and_said(
+    smoke: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(smoke.folder)
+    monkeypatch.setattr(KernelDensity, "exportable", False)
+    report = export_detectors.export_all(load_params(Path("params.yaml")), "standard", tmp_path)
+    assert report["files"] == [] and not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == "standard kd: its score is a search, which no file holds: not exported\n"

@@ -277,6 +277,23 @@ def test_scores_in_chunks_are_scores() -> None:
     torch.testing.assert_close(scores[:300], scores[300:], rtol=1e-4, atol=1e-3)
 
 
+def test_pieces_hold_whole_batches_of_references() -> None:
+    """LID with `reference: batch`: 510 images leave a rest too small for its neighbours, 560 one that is no batch."""
+    x, _ = digits()
+    f, scorer = trained_network(), LID(reference="batch").scorer(trained_network(), *images()[0])
+    assert scorer.together == 100 and LID().scorer(f, *images()[0]).together == 1
+    moved = (x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    for n in (510, 560, 620):
+        scores, predicted = scores_of(scorer, f, moved[:n], x[:n])
+        assert len(scores) == len(predicted) == n
+        last = n - n % 100
+        whole = dimensionality(moved[last:n].flatten(1), x[n - 100 : n].flatten(1), 20, skip=1)
+        torch.testing.assert_close(scores[last:, 0], whole)
+        torch.testing.assert_close(scores[:500, 0], scores_of(scorer, f, moved[:500], x[:500])[0][:, 0])
+    few, _ = scores_of(scorer, f, moved[:30], x[:30])  # there are no more to fill the batch with
+    torch.testing.assert_close(few[:, 0], dimensionality(moved[:30].flatten(1), x[:30].flatten(1), 20, skip=1))
+
+
 def test_an_attack_that_knows_the_detector_evades_it_more_often() -> None:
     _, (held, labels), x_adv = images()
     guarded = DetectorSystem(trained_network(), fitted(KD()), input_shape=(1, 8, 8), num_classes=10)

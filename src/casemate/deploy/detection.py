@@ -64,4 +64,6 @@ def require_fitted(detector: Detector) -> FittedDetector:
         raise UserError(
             f"detector {type(detector).__name__}: its score is no fixed function of an image: not exported"
         )
+    if not detector.scorer.exportable:
+        raise UserError(f"detector {type(detector.made).__name__}: its score is a search: not exported")
     return detector

@@ -29,6 +29,8 @@ class Scorer(nn.Module, ABC):
 
     passes: tuple[int, int] = (1, 1)
     """(forwards, backwards) of the classifier that one differentiated look at the scores costs."""
+    exportable: bool = True
+    """Whether the scores are one pass through a graph, as a file holds it."""
 
     @abstractmethod
     def forward(self, classifier: Classifier, x: Tensor, originals: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -42,6 +44,11 @@ class Scorer(nn.Module, ABC):
     def deployable(self) -> bool:
         """Whether the scores of an image need nothing but the image."""
         return True
+
+    @property
+    def together(self) -> int:
+        """How many images are scored beside one another; 1 where each is scored by itself."""
+        return 1
 
 
 class Regression(nn.Module):
@@ -175,8 +182,13 @@ def false_alarm_threshold(natural: Tensor, share: float) -> Tensor:
 
 
 def scores_of(scorer: Scorer, classifier: Classifier, x: Tensor, originals: Tensor) -> tuple[Tensor, Tensor]:
-    """(scores N x S, predicted labels (N,)) of many images, without gradients, in eval mode."""
+    """(scores N x S, predicted labels (N,)) of many images, without gradients, in eval mode.
+
+    A piece holds whole numbers of images that are scored together; a rest that is fewer goes with the piece before.
+    """
+    size = max(CHUNK // scorer.together, 1) * scorer.together
+    firsts = range(0, max(len(x) - scorer.together + 1, 1), size)
     with torch.no_grad(), frozen(classifier, scorer):
-        rows = [slice(first, first + CHUNK) for first in range(0, len(x), CHUNK)]
+        rows = [slice(first, last) for first, last in zip(firsts, [*firsts[1:], len(x)], strict=True)]
         parts = [scorer(classifier, x[at], originals[at]) for at in rows]
     return torch.cat([s for s, _ in parts]), torch.cat([logits.argmax(1) for _, logits in parts])

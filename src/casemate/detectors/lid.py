@@ -47,6 +47,10 @@ class Dimensionality(Scorer):
     def deployable(self) -> bool:
         return len(self.images) > 0
 
+    @property
+    def together(self) -> int:
+        return 1 if self.deployable else self.batch
+
     def forward(self, classifier: Classifier, x: Tensor, originals: Tensor | None = None) -> tuple[Tensor, Tensor]:
         seen = activations(classifier, x)
         logits = seen[-1]
