@@ -72,6 +72,7 @@ METHODS = [
     (ATPGD(steps=2, bn_mode_attack="train_update"), {"optimizer": "adam", "weight_decay": 0.01}),
     (TRADES(steps=2), {"awp": 0.01, "awp_warmup": 0.4}),
     (FGSMRS(init="previous", alarm_after=1), {}),
+    (FGSMRS(early_stop=True), {}),
     (Free(replays=2), {}),
 ]
 

@@ -118,7 +118,9 @@ def test_replays_show_each_batch_again_and_divide_the_passes() -> None:
     assert [row["epoch"] for row in trained.curves] == [4, 8]
 
 
-def test_the_moving_average_is_exact_buffers_included() -> None:
+@pytest.mark.parametrize("copied", [0, 3])
+def test_the_moving_average_is_exact_buffers_included(copied: int) -> None:
+    """After `copied` steps, whose weights it has as they are."""
     history: list[dict[str, Tensor]] = []
 
     def see(ctx: Context, x: Tensor, y: Tensor) -> None:
@@ -131,10 +133,12 @@ def test_the_moving_average_is_exact_buffers_included() -> None:
         start.update({k: t.clone() for k, t in net.state_dict().items()})
         return net
 
-    trained = run(Watching(see=see), recipe(epochs=2, ema=0.3), network=network)
+    made = recipe(epochs=2, ema=0.3, ema_statistics="averaged", ema_warmup=copied / 8)
+    trained = run(Watching(see=see), made, network=network)
     average = {k: t.double() for k, t in start.items()}
     for t, after in enumerate(history, 1):
-        decay = min(0.3, (1 + t) / (10 + t))  # 2/11, 3/12, 0.3 from the third step on
+        s = t - copied
+        decay = min(0.3, (1 + s) / (10 + s)) if s > 0 else 0  # 2/11, 3/12, 0.3 from the third step on
         for key, value in after.items():
             average[key] = value.double() if "num_batches" in key else decay * average[key] + (1 - decay) * value
     assert len(history) == 8

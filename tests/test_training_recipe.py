@@ -73,6 +73,30 @@ def test_player_has_the_recipes_settings_and_its_own_changes() -> None:
     assert other.schedule is not None and other.schedule(0.1) == 1
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_kernels_alone_decay_where_the_recipe_says_so(optimizer: str) -> None:
+    """With a gradient of zero, what decays moves and what does not stays."""
+    for decay, moved in (("all", [True] * 6), ("kernels", [True, False, False, False, True, False])):
+        made = Recipe(**{"epochs": 1, "lr": 0.1, "optimizer": optimizer, "weight_decay": 0.1, "decay": decay})
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2))
+        net[1].bias.data.fill_(1.0)
+        before = [p.detach().clone() for p in net.parameters()]
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        made.player(net.parameters()).optimizer.step()
+        after = list(net.parameters())
+        assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == moved
+
+
+def test_a_player_of_vectors_alone_has_no_empty_group() -> None:
+    made = Recipe(epochs=1, lr=0.1, weight_decay=0.1, decay="kernels")
+    (group,) = made.player([nn.Parameter(torch.ones(3))]).optimizer.param_groups
+    assert group["weight_decay"] == 0 and len(group["params"]) == 1
+    (group,) = made.player([nn.Parameter(torch.ones(3, 3))]).optimizer.param_groups
+    assert group["weight_decay"] == 0.1
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
@@ -83,6 +107,9 @@ def test_player_has_the_recipes_settings_and_its_own_changes() -> None:
         ({"schedule": "step"}, "schedule"),
         ({"momentum": 0, "nesterov": True}, "nesterov needs a momentum"),
         ({"ema": 1}, "ema must be below 1"),
+        ({"ema_warmup": 1.5}, "ema_warmup"),
+        ({"ema_statistics": "own"}, "ema_statistics"),
+        ({"decay": "weights"}, "decay"),
         ({"awp": -0.01}, "awp"),
         ({"awp_warmup": 1.5}, "awp_warmup"),
         ({"awp_statistics": "none"}, "awp_statistics"),

@@ -40,7 +40,7 @@ class FGSMLL(OneStep, Defense):
     """Of an attacked image in the mean of "mixed"; a clean one has 1."""
     bn_mode_attack: Literal["eval", "train", "train_update"] = "eval"
 
-    def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
+    def quick_step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
         classifier, radius = ctx.modules["classifier"], self.ramped(ctx).radius
         clean = len(x) // 2 if self.images == "mixed" else 0
         attacked = x[clean:]

@@ -39,9 +39,12 @@ class FGSMRS(OneStep, Defense):
     bn_mode_attack: Literal["eval", "train", "train_update"] = "train_update"
 
     def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
-        classifier, threat, goal = ctx.modules["classifier"], self.ramped(ctx), untargeted(y)
         if self.early_stop and "early_stop/x" not in ctx.state:
             ctx.state.update({"early_stop/x": x, "early_stop/y": y})
+        yield from super().step(ctx, x, y)
+
+    def quick_step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
+        classifier, threat, goal = ctx.modules["classifier"], self.ramped(ctx), untargeted(y)
 
         start = self.start(ctx, threat, x).clamp(0, 1)
         fgsm = Ascent(threat, steps=1, step_size=self.step_factor * threat.radius)

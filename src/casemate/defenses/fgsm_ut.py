@@ -26,7 +26,7 @@ class FGSMUT(OneStep, Defense):
 
     bn_mode_attack: Literal["eval", "train", "train_update"] = "eval"
 
-    def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
+    def quick_step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
         classifier, threat, goal = ctx.modules["classifier"], self.ramped(ctx), untargeted(y)
 
         fgsm = Ascent(threat, steps=1, step_size=threat.radius)

@@ -34,7 +34,7 @@ class NFGSM(OneStep, Defense):
     """Radius of a ball, over that of the threat model, on which the sum is projected; none as published."""
     bn_mode_attack: Literal["eval", "train", "train_update"] = "train_update"
 
-    def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
+    def quick_step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
         classifier, threat, goal = ctx.modules["classifier"], self.ramped(ctx), untargeted(y)
 
         start = ThreatModel(threat.norm, self.noise * threat.radius).random_start(x, ctx.rng).clamp(0, 1)

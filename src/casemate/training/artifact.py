@@ -30,8 +30,8 @@ SCHEMA = 1
 WEIGHTS, CARD = "weights.safetensors", "card.json"
 SHARED_CODE = (
     "casemate.attacks.ascent", "casemate.defenses.base", "casemate.trainable", "casemate.training.averages",
-    "casemate.training.awp", "casemate.training.loop", "casemate.training.recipe", "casemate.training.state",
-    "casemate.training.updates",
+    "casemate.training.awp", "casemate.training.loop", "casemate.training.recipe", "casemate.training.rehearsal",
+    "casemate.training.state", "casemate.training.updates",
 )  # fmt: skip
 Card = dict[str, Any]
 Model = TypeVar("Model", bound=BaseModel)

@@ -106,6 +106,10 @@ class State(dict[str, Tensor]):
         self.touched.add(key)
         super().__setitem__(key, value)
 
+    def update(self, *given: Any, **named: Tensor) -> None:
+        for key, value in dict[str, Tensor](*given, **named).items():
+            self[key] = value
+
     def __contains__(self, key: object) -> bool:
         self.touched.add(str(key))
         return super().__contains__(key)

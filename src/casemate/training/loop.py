@@ -28,9 +28,10 @@ from casemate.training.inputs import Draw, TrainingData
 from casemate.training.progress import display
 from casemate.training.recipe import Recipe
 from casemate.training.recorder import NullRecorder, Recorder
+from casemate.training.rehearsal import rehearse, seed_torch
 from casemate.training.signals import Interruption
 from casemate.training.snapshot import copy_into
-from casemate.training.state import RunState
+from casemate.training.state import RunState, Watchful
 from casemate.training.updates import NotFinite, Updates
 from casemate.training.validation import CHUNK, can_validate, validate
 
@@ -50,7 +51,7 @@ class Trained:
     """Effective passes over the training set, replays counted."""
     steps: int
     chosen_epoch: float
-    """The `epoch` of the row whose weights these are."""
+    """The `epoch` of the row whose weights these are, or where between two rows a method had them kept."""
     precision: precision.Chosen
 
 
@@ -140,7 +141,10 @@ class _Run(RunState):
         players = method.players(self.task, modules)
         perturbation = WeightPerturbation(modules, recipe) if recipe.awp else None
         updates = Updates(players, self.precision, device, perturbation)
-        average = WeightAverage(modules, recipe.ema) if recipe.ema else None
+        average = None
+        if recipe.ema:
+            copied = round(recipe.ema_warmup * self.steps)
+            average = WeightAverage(modules, recipe.ema, warmup=copied, statistics=recipe.ema_statistics)
         self.rng = torch.Generator()
         self.draw = Draw(data, self.rng, pad=self.pad, flip=self.flip)
         context = Context(
@@ -233,6 +237,11 @@ class _Run(RunState):
             for _ in range(self.replays):
                 self._step(x, y, indices)
             self.batch += 1
+            if self.batch < end:
+                self._look(epoch_over=False)
+                self.keep({"epoch": self.step / self.per_epoch}, best=self.recipe.select == "best")
+                if self.context.stop:
+                    break
             self._between_batches()
         self._close_epoch(last=(self.epoch + 1) * self.per_epoch >= self.total)
 
@@ -253,6 +262,31 @@ class _Run(RunState):
         if self.average is not None:
             self.average.update(self.step)
 
+    def _look(self, *, epoch_over: bool) -> bool:
+        """Let a method look at what it trains; whether that was then put back to what was held."""
+        if not isinstance(self.method, Watchful):
+            return False
+        with self.draw.plain():
+            wish = self.method.look(self.context, self.updates.factor(), epoch_over=epoch_over)
+        self.logs.add(self.context.logs)
+        if wish == "hold":
+            self.hold()
+        elif wish == "go back":
+            self.go_back()
+        return wish == "go back"
+
+    def settle(self) -> None:
+        """Give averaged weights the running statistics that fit them, by steps in which nobody learns."""
+
+        def shown(modules: dict[str, nn.Module]) -> None:
+            rehearse(
+                modules, self.method, self.context, self.updates, self.data, self.recipe,
+                seed=derive(self.seed, "statistics", self.step), device=self.device, pad=self.pad, flip=self.flip,
+            )  # fmt: skip
+
+        if self.average is not None:
+            self.average.settle(shown)
+
     def _body(self, x: Tensor, y: Tensor) -> None:
         """The method's step and its updates: all that a CUDA graph repeats."""
         with on_device(self.rng, self.device) if self.recipe.noise == "device" else nullcontext():
@@ -272,21 +306,28 @@ class _Run(RunState):
         self._check()
         self.require_finite()
         measured: dict[str, float] = {}
+        begun = False  # from then on what a method has found is in its state: to find it twice is another run
 
         def measure() -> dict[str, float]:
             if not measured and self.val_data is not None:
-                measured.update(self._validate(self.val_data))
+                measured.update(self._validate(self.val_data, stoppable=not begun))
             return dict(measured)
 
         every = self.recipe.validate_every
-        if last or (every and (self.epoch + 1) % every == 0):
+        due = last or (every and (self.epoch + 1) % every == 0)
+        if due:
             measure()
+        begun = True
         self.rng.manual_seed(derive(self.seed, "epoch_end", self.epoch))
         seed_torch(self.device, self.seed, "epoch_end", self.epoch)
+        if self._look(epoch_over=True):
+            measured.clear()
         with self.draw.plain():
             self.method.epoch_end(self.context, measure)
-        if self.context.stop:
+        if due or self.context.stop:
             measure()
+        if last or self.context.stop:
+            self.settle()
         self.logs.add(self.context.logs)
         row = {"epoch": self.step / self.per_epoch, **self.updates.means(), **self.logs.means()}
         row |= {"lr": self.updates.lr(), **measured}
@@ -299,13 +340,14 @@ class _Run(RunState):
         self.display.epoch(self.step, row)
         self._save()
 
-    def _validate(self, data: TrainingData) -> dict[str, float]:
+    def _validate(self, data: TrainingData, *, stoppable: bool) -> dict[str, float]:
+        self.settle()
         weights = self.result
 
         def work() -> dict[str, float]:
             return validate(
                 self.method, self.task, weights, data, seed=self.seed, device=self.device,
-                between=lambda: None if self.interruption.requested is None else self._interrupted(),
+                between=lambda: self._interrupted() if stoppable and self.interruption.requested else None,
             )  # fmt: skip
 
         return memory.in_pieces(work, weights.get("classifier"), CHUNK, self.display.note)
@@ -370,12 +412,3 @@ class _Run(RunState):
         if size:
             return f"{said}: {size} fits (set batch_size, and lower lr with it){self._kept()}"
         return f"{said}, and no smaller batch fits: take a smaller network or a larger device{self._kept()}"
-
-
-def seed_torch(device: torch.device, seed: int, *parts: object) -> None:
-    """Seed the default generators of the CPU and of this device; others belong to somebody else."""
-    made = derive(seed, "torch", *parts)
-    torch.default_generator.manual_seed(made)
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.default_generators[index].manual_seed(made)

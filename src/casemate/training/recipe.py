@@ -41,6 +41,9 @@ class Recipe:
     nesterov: Flag = False
     weight_decay: Unit = 0.0
     """As an L2 term in the gradient."""
+    decay: Literal["all", "kernels"] = "all"
+    """What decays, of every player: all that it moves, or tensors of two dimensions and more, that is convolutions
+    and matrices without biases and the scales of norms (Madry et al.'s TensorFlow code and what was built on it)."""
     schedule: Literal["constant", "piecewise", "trapezoid", "cyclic", "cosine"] = "constant"
     warmup: Unit = 0.0
     hold: Unit = 0.5
@@ -49,6 +52,13 @@ class Recipe:
     max_grad_norm: Positive | None = None
     ema: Unit = 0.0
     """Decay of the moving average of the weights, which then are the result; 0 is off."""
+    ema_warmup: Unit = 0.0
+    """Share of the budget over which the average is a copy of the weights; then it begins, its decay rising to `ema`.
+    0.025 in an unofficial port of DeepMind's recipe; none here, as in the figures that were measured."""
+    ema_statistics: Literal["reestimated", "averaged", "live"] = "reestimated"
+    """Running statistics of the average's batch norms: means over 50 training batches as the method crafts them,
+    taken anew with the averaged weights before they are measured or kept; averaged as the weights are; or those of
+    the weights themselves. The three are one where there is no batch norm."""
     awp: NonNegative = 0.0
     """Adversarial weight perturbation of the first player's module: the share of its norm by which each weight is
     moved while the gradient is taken (gamma: 0.01 with at_pgd, 0.005 with trades); 0 is off. See
@@ -157,13 +167,22 @@ def _optimizer(recipe: Recipe, parameters: list[nn.Parameter], lr: float, betas:
     import torch
 
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    groups = parameters if recipe.decay == "all" else _decayed(parameters, recipe.weight_decay)
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=recipe.weight_decay, fused=fused)
+        return torch.optim.Adam(groups, lr=lr, betas=betas, weight_decay=recipe.weight_decay, fused=fused)
     return torch.optim.SGD(
-        parameters,
+        groups,
         lr=lr,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
         fused=fused,
     )
+
+
+def _decayed(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups, none of them empty: kernels, which decay, and the rest."""
+    kernels, rest = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+    return [
+        {"params": found, "weight_decay": decay} for found, decay in ((kernels, weight_decay), (rest, 0.0)) if found
+    ]

@@ -98,6 +98,15 @@ class Updates:
                 player.after_step()
         self.pending.append((step, update.players, loss.detach()))
 
+    def rehearse(self, update: Update) -> None:
+        """The forward passes of an update, and the gradients of its extra leaves, since a step may read them. Nobody
+        learns."""
+        loss = self._loss(update)
+        for leaf in update.extra_leaves:
+            leaf.grad = None
+        if update.extra_leaves:
+            torch.autograd.backward(loss, inputs=list(update.extra_leaves))
+
     def _loss(self, update: Update) -> Tensor:
         """The update's loss in the precision of its players."""
         half = all(self._precision[name] == "bf16" for name in update.players)
@@ -140,6 +149,11 @@ class Updates:
     def reset(self) -> None:
         """Begin new means."""
         self.sums, self.counts = {}, {}
+
+    def factor(self) -> float:
+        """By what the primary player's initial learning rate is multiplied in this step; known on the host."""
+        schedule = self.players[self.primary].schedule
+        return 1.0 if schedule is None else schedule(self.fraction)
 
     def lr(self) -> float:
         """The primary player's learning rate."""
