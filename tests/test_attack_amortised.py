@@ -115,7 +115,15 @@ def test_gradients_are_scaled_image_by_image_and_nothing_stays_nothing() -> None
     assert largest.flatten(1).abs().amax(1).tolist() == pytest.approx([1, 0, 1])
     rms = scaled_gradient(gradient, "rms")
     assert rms.flatten(1).square().mean(1).sqrt().tolist() == pytest.approx([1, 0, 1])
+    frobenius = scaled_gradient(gradient, "frobenius")
+    assert frobenius.flatten(1).norm(dim=1).tolist() == pytest.approx([1, 0, 1])
     assert torch.equal(scaled_gradient(gradient, "batch64"), gradient / 64)
+    assert torch.equal(scaled_gradient(gradient, "batch"), gradient / 3)
+
+
+def test_an_attack_does_not_scale_by_its_batch() -> None:
+    with pytest.raises(UserError, match=r"gradient_input batch would let .* use batch64"):
+        fit(ExpAMTrainer(width=4, gradient_input="batch"), epochs=1)
 
 
 def test_the_entropy_of_an_image_is_the_sum_of_its_pixels() -> None:

@@ -180,6 +180,12 @@ def test_the_divergence_is_from_the_clean_probabilities_of_every_image() -> None
 # --- the rest -------------------------------------------------------------------------------------------------
 
 
+def test_the_published_numbers_are_the_defaults() -> None:
+    chosen = ADTEXP()
+    assert (chosen.steps, chosen.samples, chosen.search_lr, chosen.entropy) == (7, 5, 0.3, 0.01)
+    assert (chosen.entropy_over, chosen.accumulate, chosen.loss, chosen.beta) == ("mean", True, "ce", 6.0)
+
+
 @pytest.mark.parametrize(("fraction", "radius"), [(0.0, 1e-12), (0.25, 0.05), (0.9, 0.1)])
 def test_the_radius_grows(fraction: float, radius: float) -> None:
     looked = look_at(ADTEXP(ramp=0.5), fraction=fraction)

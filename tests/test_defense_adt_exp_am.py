@@ -57,7 +57,7 @@ def test_running_statistics_never_see_clean_images() -> None:
     torch.testing.assert_close(running_mean(looked.bench), conv_means(looked.before["classifier"], x_adv))
 
 
-@pytest.mark.parametrize("how", ["batch64", "maxabs", "rms"])
+@pytest.mark.parametrize("how", ["batch", "batch64", "maxabs", "frobenius", "rms"])
 def test_the_generator_sees_the_image_and_two_gradients(how: Any) -> None:
     looked = look_at(small(gradient_input=how))
     f, x, y = copy.deepcopy(looked.before["classifier"]).eval(), looked.x, looked.y
@@ -70,7 +70,11 @@ def test_the_generator_sees_the_image_and_two_gradients(how: Any) -> None:
     second = gradient((x + 0.1 * first.sign()).clamp(0, 1))
     expected = []
     for g in (first, second):
-        scale = {"batch64": torch.tensor(64.0), "maxabs": g.abs().amax((1, 2, 3), keepdim=True)}
+        scale = {
+            "batch": torch.tensor(8.0), "batch64": torch.tensor(64.0),
+            "maxabs": g.abs().amax((1, 2, 3), keepdim=True),
+            "frobenius": g.square().sum((1, 2, 3), keepdim=True).sqrt(),
+        }  # fmt: skip
         expected.append(g / scale.get(how, g.square().mean((1, 2, 3), keepdim=True).sqrt()))
     torch.testing.assert_close(looked.g.inputs[0], torch.cat([x, *expected], 1), rtol=1e-4, atol=1e-6)
 
@@ -161,6 +165,12 @@ def test_players_and_published_sizes() -> None:
     with torch.device("meta"):
         assert count_parameters(ADTEXPAM().build((3, 32, 32), 10)["generator"]) == 10_330_880
     assert ADTEXPAM().generator_lr == 2e-4
+
+
+def test_the_published_numbers_are_the_defaults() -> None:
+    chosen = ADTEXPAM()
+    assert (chosen.entropy, chosen.entropy_over, chosen.gradient_input) == (0.01, "mean", "batch64")
+    assert (chosen.width, chosen.generator_lr, chosen.loss, chosen.beta) == (256, 2e-4, "ce", 6.0)
 
 
 def test_the_radius_grows_for_the_gradients_too() -> None:

@@ -139,6 +139,12 @@ def test_players_and_published_sizes() -> None:
     assert {name: count_parameters(m) for name, m in made.items()} == {"generator": 10_606_080, "encoder": 724_384}
 
 
+def test_the_published_numbers_are_the_defaults() -> None:
+    chosen = ADTIMPAM()
+    assert (chosen.entropy, chosen.threshold, chosen.gradient_input, chosen.z_dim) == (1.0, 0.9, "batch64", 64)
+    assert (chosen.width, chosen.encoder_width, chosen.generator_lr) == (256, 32, 2e-4)
+
+
 def test_the_radius_grows() -> None:
     looked = look_at(small(ramp=0.5), fraction=0.25)
     assert float((looked.f.inputs[1] - looked.x).abs().max()) == pytest.approx(0.05, abs=1e-6)

@@ -89,6 +89,25 @@ def test_minnorm_ends_at_the_boundary_and_pays_beyond_tau() -> None:
     )
 
 
+@pytest.mark.parametrize(("options", "count", "reach"), [({}, 100, 0.05), ({"steps": 10}, 10, 0.01)])
+def test_minnorm_has_a_hundred_steps_which_reach_the_boundary(
+    options: dict[str, Any], count: int, reach: float
+) -> None:
+    """x = (.8, .2), 0.05 from the boundary in linf; each step goes 0.001, Adam's rate."""
+    x, y = torch.tensor([0.8, 0.2]).view(1, 1, 1, 2), torch.tensor([0])
+    bench = Bench(ATCW(mode="minnorm", **options), lambda: linear_network(TWO), ThreatModel("linf", 0.3))
+    with Probe(bench.f) as passes:
+        bench.step(x, y)
+    assert len(passes.inputs) == count + 1
+    assert float((passes.inputs[-1] - x).abs().max()) == pytest.approx(reach, abs=0.003)
+
+
+def test_the_margin_is_climbed_in_ten_steps() -> None:
+    assert ATCW().ascent(LINF, 0.0) == ATPGD().ascent(LINF, 0.0)
+    planned = ATCW(mode="minnorm", plan=((0.5, 20),))
+    assert [planned.ascent(LINF, at).steps for at in (0.4, 0.5)] == [100, 20]
+
+
 def test_minnorm_needs_linf() -> None:
     with pytest.raises(UserError, match=r"minnorm needs an linf threat model, not l2 0\.5; use mode: pgd_margin"):
         Bench(ATCW(mode="minnorm"), threat=ThreatModel("l2", 0.5))

@@ -60,16 +60,21 @@ def test_the_batch_is_crafted_with_its_own_statistics_in_train_mode() -> None:
     assert not torch.equal(crafted["eval"][-1], crafted["train"][-1])
 
 
-def test_iterates_stay_in_the_ball_and_start_uniformly_in_the_box() -> None:
+@pytest.mark.parametrize("how", ["clipped", "uniform", "gaussian"])
+def test_iterates_stay_in_the_ball_and_start_where_they_should(how: Any) -> None:
     threat = ThreatModel("linf", 0.2)
-    bench, (x, y) = Bench(ATPGD(steps=5), threat=threat), batch()
-    x = (x - 0.3).clamp(0, 1)
+    bench, (x, y) = Bench(ATPGD(steps=5, start=how), threat=threat), batch()
+    x = (x - 0.35).clamp(0, 1)
     with Probe(bench.f) as passes:
         bench.step(x, y)
-    for seen in passes.inputs:
+    for seen in passes.inputs[1:]:
         assert bool(threat.contains(seen, x).all())
-    start = threat.random_start(x, generator("step", 0)).clamp(0, 1)
-    assert torch.equal(passes.inputs[0], start)
+    start = threat.random_start(x, generator("step", 0))
+    if how == "gaussian":
+        start = x + 0.001 * torch.randn(x.shape, generator=generator("step", 0))
+    torch.testing.assert_close(passes.inputs[0], start.clamp(0, 1) if how == "clipped" else start)
+    assert (float(passes.inputs[0].min()) < 0) == (how != "clipped")
+    assert ATPGD().start == "clipped"
     assert float((passes.inputs[-1] - x).abs().max()) == pytest.approx(0.2, abs=1e-6)
 
 

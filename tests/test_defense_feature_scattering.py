@@ -194,6 +194,13 @@ def test_no_radius_is_training_with_smoothed_labels() -> None:
     assert loss == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_the_published_numbers_are_the_defaults() -> None:
+    chosen = FeatureScattering()
+    assert (chosen.ot_regularisation, chosen.ot_iterations, chosen.ot_tolerance) == (0.01, 100, 0.1)
+    assert (chosen.ot_on, chosen.ot_solver, chosen.ot_detach_plan) == ("logits", "sinkhorn", False)
+    assert (chosen.steps, chosen.step_factor, chosen.smoothing) == (1, 1.0, 0.5)
+
+
 def test_smoothing_beyond_uniform_is_refused() -> None:
     Bench(FeatureScattering(smoothing=0.75))
     with pytest.raises(UserError, match=r"with 4 classes, smoothing 0\.8 .* at most 0\.75"):

@@ -29,6 +29,10 @@ def test_a_replay_costs_one_pass_each_way() -> None:
     assert Free(replays=3).updates_per_batch == 3
 
 
+def test_the_published_numbers_are_the_defaults() -> None:
+    assert (Free().replays, Free().updates_per_batch, Free().step_factor, Free().valid_noise) == (8, 8, 1.0, False)
+
+
 def test_the_noise_ascends_before_the_weights_move_and_is_carried_on() -> None:
     bench = Bench(Free(), lambda: linear_network([[1.0, -2.0], [0.0, 1.0]]), lr=5.0)
     x, y = torch.tensor([[0.5, 0.4], [0.95, 0.6]]).view(2, 1, 1, 2), torch.tensor([0, 1])

@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import embedding_toys
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from casemate.errors import UserError
 from casemate.networks.base import count_parameters
 from casemate.seeding import generator
 from casemate.threat import ThreatModel
+from casemate.training.recipe import Recipe
 
 
 def small(**options: Any) -> L2LDA:
@@ -250,6 +252,18 @@ def test_the_published_numbers_are_the_defaults() -> None:
     assert (chosen.gradient_norm, chosen.over_steps, chosen.max_grad_norm) == ("channel", "sum", 1.0)
     assert (chosen.loss_at, chosen.diversity_at, chosen.diversity_norm) == ("every", "every", "mean")
     assert (chosen.diversity, chosen.generator_lr, chosen.generator_weight_decay) == (0.02, 0.01, 1e-5)
+    assert (chosen.generator_momentum, chosen.f_update, chosen.bn_joint) == (0.9, "joint", "concat")
+
+
+@pytest.mark.parametrize(("style", "rate"), [("successive", 0.003), ("joint", 0.03), ("sum", 0.03)])
+def test_the_generators_rate_follows_the_classifiers_in_successive_updates(style: Any, rate: float) -> None:
+    falling = Recipe(epochs=1, lr=0.2, schedule="piecewise", milestones=(0.5,), precision="fp32")
+    defense = small(f_update=style, generator_lr=0.03)
+    bench = embedding_toys.Bench(defense, recipe=falling, network=square_network)
+    for fraction, shares in ((0.4, (0.2, 0.03)), (0.6, (0.02, rate))):
+        bench.step(*square_batch(), fraction=fraction)
+        rates = [bench.players[name].optimizer.param_groups[0]["lr"] for name in ("classifier", "generator")]
+        assert [float(value) for value in rates] == pytest.approx(shares)
 
 
 def test_no_gradient_anywhere_is_no_nan() -> None:

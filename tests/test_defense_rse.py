@@ -195,8 +195,14 @@ def test_the_system_is_randomised_and_attacked_through_the_mean_of_its_draws() -
     assert same(kept, state(bench.f)), "evaluation moves no running statistic"
 
 
+def test_the_published_numbers_are_the_defaults() -> None:
+    chosen = RSE()
+    assert (chosen.sigma_input, chosen.sigma_inner, chosen.position) == (0.2, 0.1, "before")
+    assert (chosen.ensemble, chosen.draws, chosen.votes) == (10, 20, 1)
+
+
 def test_one_vote_is_the_papers_answer() -> None:
-    bench, (x, _) = Bench(RSE(votes=1, ensemble=4)), batch()
+    bench, (x, _) = Bench(RSE(ensemble=4)), batch()
     made = system(bench)
     with made.frozen():
         assert torch.equal(made.decide(x), made.logits(x).argmax(1))

@@ -101,6 +101,11 @@ def test_the_gradient_flows_through_both_arguments() -> None:
             assert float(gradient[i, j]) == pytest.approx(slope, rel=1e-4, abs=1e-6)
 
 
+def test_the_published_numbers_are_the_defaults() -> None:
+    chosen = TRADES()
+    assert (chosen.beta, chosen.steps, chosen.bn_joint) == (6.0, 10, "separate")
+
+
 def test_it_learns_one_batch() -> None:
     bench, (x, y) = (
         Bench(TRADES(steps=3, beta=1.0), optimizer=torch.optim.Adam, threat=ThreatModel("linf", 0.05)),

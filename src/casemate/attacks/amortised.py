@@ -32,6 +32,7 @@ from casemate.attacks.learned import (
     offer,
     slope,
 )
+from casemate.errors import UserError
 from casemate.fields import Count, NonNegative, Real, spec
 from casemate.networks.base import Shape
 from casemate.networks.generators import PosteriorEncoder, ResidualGenerator
@@ -52,9 +53,15 @@ class Amortised(LearnedAttack):
 
     width: Count = 32
     """Channels of the first layer; the authors' has 256."""
-    gradient_input: Literal["batch64", "maxabs", "rms"] = "rms"
+    gradient_input: Literal["batch", "batch64", "maxabs", "frobenius", "rms"] = "rms"
     """How input gradients are scaled: "batch64" as the authors' batch mean over 64 images, which leaves the generator
-    all but blind to them at the start, or each image's to a largest entry or a root mean square of 1."""
+    all but blind to them at the start, or each image's to a largest entry, an l2 norm or a root mean square of 1.
+    "batch", the mean over the batch at hand, is for training a defense alone."""
+
+    def modules(self, task: Task) -> dict[str, nn.Module]:
+        if self.gradient_input == "batch":
+            raise UserError("gradient_input batch would let an image's attack depend on its batch: use batch64")
+        return super().modules(task)
 
     def players(self, task: Task, modules: dict[str, nn.Module]) -> dict[str, Player]:
         """The recipe's optimizer; Adam with beta1 0.5 for the generator, as in the authors' code."""

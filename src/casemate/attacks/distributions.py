@@ -20,7 +20,7 @@ LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)
 SATURATED = 10.0
 """|u| beyond which log(1 - tanh(u)^2) is held: the density there is below anything float32 tells apart."""
 
-GradientInput = Literal["batch64", "maxabs", "rms"]
+GradientInput = Literal["batch", "batch64", "maxabs", "frobenius", "rms"]
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,15 @@ def uniform_noise(n: int, z_dim: int, rng: torch.Generator) -> Tensor:
 def scaled_gradient(gradient: Tensor, how: GradientInput) -> Tensor:
     """Gradients of per-sample losses as a generator's input.
 
-    "batch64" is what the authors' batch mean over 64 images gives, whatever the batch; "maxabs" and "rms" scale each
-    image's gradient to a largest entry, or a root mean square, of 1 (zero stays zero).
+    "batch" is what the authors' batch mean gives, "batch64" the same as if there were always their 64 images;
+    "maxabs", "frobenius" and "rms" scale each image's gradient to a largest entry, an l2 norm, or a root mean square,
+    of 1 (zero stays zero).
     """
-    if how == "batch64":
-        return gradient / 64
-    flat = gradient.flatten(1)
-    top = flat.abs().amax(1)
-    unit = gradient / per_sample(top, gradient)
+    if how in ("batch", "batch64"):
+        return gradient / (len(gradient) if how == "batch" else 64)
+    # By the largest entry first: the squares of small gradients are below what float32 holds.
+    unit = gradient / per_sample(gradient.flatten(1).abs().amax(1), gradient)
     if how == "maxabs":
         return unit
-    return unit / per_sample(unit.flatten(1).square().mean(1).sqrt(), unit)
+    squares = unit.flatten(1).square()
+    return unit / per_sample((squares.mean(1) if how == "rms" else squares.sum(1)).sqrt(), unit)

@@ -14,7 +14,7 @@ from casemate.attacks.explicit import Accumulated, distribution
 from casemate.attacks.optimizers import Adam
 from casemate.defenses.adversary import Ramped, require_norm
 from casemate.defenses.base import Defense
-from casemate.defenses.crafting import crafting
+from casemate.defenses.crafting import CraftingMode, crafting
 from casemate.defenses.distributional import OuterLoss
 from casemate.defenses.trades import divergence
 from casemate.fields import Count, Flag, NonNegative, Positive, spec
@@ -23,7 +23,7 @@ from casemate.trainable import Context, Task, Update
 
 
 @spec
-class ADTEXP(Ramped, OuterLoss, Defense):
+class ADTEXP(Ramped, OuterLoss, CraftingMode, Defense):
     """delta = radius x tanh(mu + sigma r): raise E[loss] + `entropy` x H over every pixel's mu and sigma, then
     descend the loss on one fresh draw, which is all that the running statistics see.
 
@@ -50,7 +50,7 @@ class ADTEXP(Ramped, OuterLoss, Defense):
 
     def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
         threat = self.threat(ctx)
-        with crafting(ctx.modules["classifier"]), ctx.autocast():
+        with crafting(ctx.modules["classifier"], bn=self.bn_mode_attack), ctx.autocast():
             found = self.search(self.raised(ctx.modules["classifier"], x, y), x, threat, ctx.rng)
         ctx.log(sigma=F.softplus(found.rho).mean())
         x_adv = found.perturb(x, torch.randn(x.shape, generator=ctx.rng).to(x))

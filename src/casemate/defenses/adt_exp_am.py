@@ -27,7 +27,7 @@ class ADTEXPAM(AmortisedDefense, ExpAMTrainer):
 
     def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
         threat = self.threat(ctx)
-        with crafting(ctx.modules["classifier"]):
+        with crafting(ctx.modules["classifier"], bn=self.bn_mode_attack):
             seen = self.observe(replace(ctx, threat=threat), x, untargeted(y))
         noise = self.noise(x.shape, ctx.rng).to(x)
 

@@ -29,7 +29,7 @@ class ADTIMPAM(AmortisedDefense, ImpAMTrainer):
 
     def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
         threat = self.threat(ctx)
-        with crafting(ctx.modules["classifier"]):
+        with crafting(ctx.modules["classifier"], bn=self.bn_mode_attack):
             seen = self.observe(replace(ctx, threat=threat), x, untargeted(y))
         z = self.noise(x.shape, ctx.rng).to(x)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casemate.defenses.base import Defense
-from casemate.defenses.crafting import AscentSchedule, crafting
+from casemate.defenses.crafting import AscentSchedule, CraftingMode, JointNorm, crafting
 from casemate.fields import Flag, NonNegative, Unit, spec
 from casemate.objectives import cross_entropy
 from casemate.threat import Goal, targeted, untargeted
@@ -18,7 +18,7 @@ from casemate.trainable import Context, Update
 
 
 @spec
-class ALP(AscentSchedule, Defense):
+class ALP(AscentSchedule, CraftingMode, JointNorm, Defense):
     """Minimise CE on clean and adversarial images, averaged over both, plus weight x MSE(f(x), f(x_adv)) of logits.
 
     K + 2 forward passes (one over both halves of a doubled batch), K input gradients and two weight gradients per
@@ -35,23 +35,19 @@ class ALP(AscentSchedule, Defense):
     label_smoothing: Unit = 0.0
     """0.1 in the ImageNet code: the true class has 1 - s + s / C."""
     bn_joint: Literal["concat", "separate"] = "concat"
-    """Whether clean and adversarial images share their batch statistics."""
-    bn_mode_attack: Literal["eval", "train", "train_update"] = "eval"
+    """Joint, as in the ImageNet code."""
 
     def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
         classifier = ctx.modules["classifier"]
         ascent = self.ascent(ctx.threat, ctx.fraction)
 
-        start = ascent.threat.random_start(x, ctx.rng).clamp(0, 1)
+        start = ascent.start(x, ctx.rng)
         with crafting(classifier, bn=self.bn_mode_attack), ctx.autocast():
             goal = self.goal(classifier, x, y)
             x_adv = ascent(lambda at: cross_entropy(classifier(at).float(), goal), x, start)
 
         def loss() -> Tensor:
-            if self.bn_joint == "concat":
-                clean, adversarial = classifier(torch.cat([x, x_adv])).float().chunk(2)
-            else:
-                clean, adversarial = classifier(x).float(), classifier(x_adv).float()
+            clean, adversarial = self.logits(classifier, x, x_adv)
             learned = [clean, adversarial] if self.clean_ce else [adversarial]
             ce = F.cross_entropy(torch.cat(learned), y.repeat(len(learned)), label_smoothing=self.label_smoothing)
             pairing = F.mse_loss(clean, adversarial)

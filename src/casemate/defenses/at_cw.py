@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from casemate.attacks.base import Cost
 from casemate.attacks.carlini_wagner import CWAdam
 from casemate.defenses.base import Defense
-from casemate.defenses.crafting import Ascent, AscentSchedule, crafting
+from casemate.defenses.crafting import Ascent, AscentSchedule, CraftingMode, crafting
 from casemate.errors import UserError
-from casemate.fields import NonNegative, Positive, spec
+from casemate.fields import Count, NonNegative, Positive, spec
 from casemate.objectives import capped_margin
 from casemate.system import ANSWERS, View
 from casemate.threat import untargeted
@@ -21,22 +21,27 @@ from casemate.trainable import Context, Task, Update
 
 
 @spec
-class ATCW(AscentSchedule, Defense):
+class ATCW(AscentSchedule, CraftingMode, Defense):
     """Minimise CE(f(x_adv), y) on images that raise the margin max_{j != y} z_j - z_y.
 
     K + 1 forward passes, K input gradients and one weight gradient per batch, in both modes.
     """
 
     mode: Literal["pgd_margin", "minnorm"] = "pgd_margin"
-    """"pgd_margin" is AT-PGD with this loss. "minnorm" is what L2L-DA's C&W row presumably was: `steps` steps of Adam
-    from x itself (100 there), which end near the decision boundary and so teach little."""
+    """"pgd_margin" is AT-PGD with this loss. "minnorm" is what L2L-DA's C&W row presumably was: steps of Adam from
+    x itself, which end near the decision boundary and so teach little."""
+    steps: Count | None = None  # type: ignore[assignment]
+    """Without it 10 for "pgd_margin" and 100 for "minnorm"."""
     kappa: NonNegative | None = None
     """Margin at which the loss stops counting; 50 for "pgd_margin", where it is never met, and 0 for "minnorm"."""
     minnorm_rate: Positive = 0.001
     """Adam's rate of "minnorm", in pixel units."""
     minnorm_tau: NonNegative = 0.03137254901960784
     """Distance from which "minnorm" pays for itself: 8/255 on every data set, MNIST at 0.3 included."""
-    bn_mode_attack: Literal["eval", "train", "train_update"] = "eval"
+
+    @property
+    def first_steps(self) -> int:
+        return self.steps or (100 if self.mode == "minnorm" else 10)
 
     def modules(self, task: Task) -> dict[str, nn.Module]:
         if self.mode == "minnorm" and task.threat.norm != "linf":
@@ -50,7 +55,7 @@ class ATCW(AscentSchedule, Defense):
         with crafting(classifier, bn=self.bn_mode_attack), ctx.autocast():
             if self.mode == "pgd_margin":
                 margin, goal = capped_margin(50.0 if self.kappa is None else self.kappa), untargeted(y)
-                start = ascent.threat.random_start(x, ctx.rng).clamp(0, 1)
+                start = ascent.start(x, ctx.rng)
                 x_adv = ascent(lambda at: margin(classifier(at).float(), goal), x, start)
             else:
                 x_adv = self.minimum_norm(classifier, ascent, x, y)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casemate.defenses.base import Defense
-from casemate.defenses.crafting import AscentSchedule, crafting
+from casemate.defenses.crafting import AscentSchedule, CleanForward, CraftingMode, crafting
 from casemate.errors import UserError
 from casemate.fields import Count, Flag, NonNegative, Positive, Unit, spec
 from casemate.networks.base import Classifier, Shape
@@ -29,7 +29,7 @@ BEYOND = 2.0  # above every score: one that is 1 in float32 is still inside the 
 
 
 @spec
-class ATLD(AscentSchedule, Defense):
+class ATLD(AscentSchedule, CraftingMode, CleanForward, Defense):
     """The adversary moves codes to where D is surer of "adversarial" (no labels), D learns to tell codes apart and
     to classify them, and f learns smoothed labels on adversarial images plus an alignment with its clean logits.
 
@@ -96,7 +96,7 @@ class ATLD(AscentSchedule, Defense):
         if len(x) == 1:
             raise UserError("atld's critic normalises over the batch and met a batch of one image: set drop_last")
 
-        with torch.no_grad(), crafting(f), ctx.autocast():
+        with torch.no_grad(), crafting(f, bn=self.bn_mode_attack), ctx.autocast():
             clean_logits, clean_codes = (out.float() for out in read_codes(f, x, self.latent))
         targets = smoothed(y, clean_logits.shape[1], self.smoothing)
 
@@ -107,8 +107,8 @@ class ATLD(AscentSchedule, Defense):
                     critic(clean_codes)
             return -F.softplus(critic(read_codes(f, at, self.latent)[1])[0].float())
 
-        start = ascent.threat.random_start(x, ctx.rng)
-        with crafting(f), crafting(critic, bn="train_update"), ctx.autocast():
+        start = ascent.start(x, ctx.rng, "uniform")
+        with crafting(f, bn=self.bn_mode_attack), crafting(critic, bn="train_update"), ctx.autocast():
             x_adv = ascent(adversity, x, start)
         x_adv.requires_grad_()
         adversarial_codes: list[Tensor] = []
@@ -134,6 +134,7 @@ class ATLD(AscentSchedule, Defense):
         yield Update(("classifier",), classifier_loss)
         for _ in range(self.critic_updates):
             yield Update(("critic",), critic_loss)
+        self.look_at_clean(ctx, x, y)
 
     def _alignment(
         self, entropy: Tensor, logits: Tensor, clean_logits: Tensor, codes: Tensor, critic: Critic, x_adv: Tensor

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casemate.defenses.base import Defense
-from casemate.defenses.crafting import AscentSchedule, crafting
+from casemate.defenses.crafting import AscentSchedule, CraftingMode, crafting
 from casemate.errors import UserError
 from casemate.fields import Count, Flag, Positive, spec
 from casemate.networks.base import Classifier
@@ -27,11 +27,11 @@ POSITIVE = 1e-4  # from which on a margin counts as one
 
 
 @spec
-class Bilateral(AscentSchedule, Defense):
+class Bilateral(AscentSchedule, CraftingMode, Defense):
     """Minimise soft CE(f(x_adv), y_adv): x_adv is K steps towards a wrong class, y_adv moves mass to unlikely ones.
 
-    The target and the label come from the clean prediction in eval mode, the step starts at a uniform point that is
-    not cut to [0, 1]. K + 2 forward passes, K input gradients and one weight gradient per batch.
+    The target and the label come from the clean prediction in the mode of crafting; the step starts at a uniform
+    point that is not cut to [0, 1]. K + 2 forward passes, K input gradients and one weight gradient per batch.
     """
 
     steps: Count = 1
@@ -56,8 +56,8 @@ class Bilateral(AscentSchedule, Defense):
         classifier = ctx.modules["classifier"]
         ascent = self.ascent(ctx.threat, ctx.fraction)
 
-        start = ascent.threat.random_start(x, ctx.rng)
-        with crafting(classifier), ctx.autocast():
+        start = ascent.start(x, ctx.rng, "uniform")
+        with crafting(classifier, bn=self.bn_mode_attack), ctx.autocast():
             with torch.no_grad():
                 clean = classifier(x).float()
             goal = Goal(y, self.aim(clean, y, classifier, ctx.rng))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from casemate.attacks.amortised import Amortised
 from casemate.defenses.adversary import AdversaryDefense
+from casemate.defenses.crafting import CraftingMode
 from casemate.defenses.trades import divergence
 from casemate.fields import Count, NonNegative, Positive, spec
 from casemate.trainable import Context, Player, Task
@@ -48,16 +49,17 @@ class OuterLoss:
 
 
 @spec
-class AmortisedDefense(OuterLoss, AdversaryDefense, Amortised):
+class AmortisedDefense(OuterLoss, CraftingMode, AdversaryDefense, Amortised):
     """The two forms with a generator, which sees the image and the gradients of the CE at it and at its FGSM point,
-    taken from the classifier in eval mode: two forward passes and two input gradients."""
+    taken from the classifier in the mode of crafting: two forward passes and two input gradients."""
 
     width: Count = 256
     """Channels of the generator's first layer, as published: 10.3 M parameters (explicit) and 10.6 M (implicit). 32
     suits a small machine."""
-    gradient_input: Literal["batch64", "maxabs", "rms"] = "batch64"
-    """How input gradients are scaled: as the authors' batch mean over 64 images, which leaves the generator all but
-    blind to them at the start, or each image's to a largest entry or a root mean square of 1."""
+    gradient_input: Literal["batch", "batch64", "maxabs", "frobenius", "rms"] = "batch64"
+    """How input gradients are scaled: as the authors' batch mean, over the batch at hand or always over 64 images,
+    which leaves the generator all but blind to them at the start; or each image's to a largest entry, an l2 norm or a
+    root mean square of 1."""
     generator_lr: Positive = 0.0002
     """Of Adam, constant, for the generator (betas 0.5 and 0.999) and the encoder."""
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from casemate.defenses.crafting import AscentSchedule, crafting
+from casemate.defenses.crafting import AscentSchedule, CraftingMode, crafting
 from casemate.defenses.embedding import MatchedPrior, apart, normal, require_batch
 from casemate.fields import Count, Flag, Positive, Unit, spec
 from casemate.networks.base import Classifier
@@ -24,7 +24,7 @@ from casemate.trainable import Context, Update
 
 
 @spec
-class ER(AscentSchedule, MatchedPrior):
+class ER(AscentSchedule, CraftingMode, MatchedPrior):
     """The defaults are MNIST's at radius 0.3: 40 steps of 0.01. CIFAR-10 at 0.03 has 20 of 0.01, STL10 20 of 0.0078.
 
     Passes per batch of K steps, "joint": K + 2 forwards, K input gradients, 2 weight gradients (one of each without
@@ -102,14 +102,15 @@ class ER(AscentSchedule, MatchedPrior):
             yield Update(("encoder",), partial(aligned, at), zero_grad=False)
 
     def crafted(self, ctx: Context, x: Tensor, y: Tensor) -> Tensor:
-        """PGD on the cross-entropy in eval mode, from a uniform start that is not cut to [0, 1]."""
+        """PGD on the cross-entropy, from a uniform start that is not cut to [0, 1]."""
         classifier, ascent = ctx.modules["classifier"], self.ascent(ctx.threat, ctx.fraction)
         labels = self.pgd_labels or ("predicted" if self.rule == "compat_official" else "true")
-        with crafting(classifier), ctx.autocast():
+        with crafting(classifier, bn=self.bn_mode_attack), ctx.autocast():
+            require_batch(classifier, x)
             if labels == "predicted":
                 with torch.no_grad():
                     y = classifier(x).argmax(1)
             goal = untargeted(y)
-            start = ascent.threat.random_start(x, ctx.rng)
+            start = ascent.start(x, ctx.rng, "uniform")
             x_adv = ascent(lambda at: cross_entropy(classifier(at).float(), goal), x, start)
         return x_adv

@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from casemate.defenses.crafting import AscentSchedule, crafting
-from casemate.defenses.embedding import MatchedPrior
-from casemate.defenses.trades import START, divergence
+from casemate.defenses.crafting import AscentSchedule, CraftingMode, crafting
+from casemate.defenses.embedding import MatchedPrior, require_batch
+from casemate.defenses.trades import divergence
 from casemate.fields import Count, NonNegative, Positive, spec
 from casemate.networks.base import Classifier
 from casemate.trainable import Context, Update
 
 
 @spec
-class ERTrades(AscentSchedule, MatchedPrior):
+class ERTrades(AscentSchedule, CraftingMode, MatchedPrior):
     """CE(C(Q(x)), y) + beta KL(p(x) || p(x_adv)) + lambda W1 over the codes of x and x_adv; one joint step.
 
-    x_adv climbs the same divergence in eval mode, without labels. K + 3 forwards, K input gradients and two weight
+    x_adv climbs the same divergence, without labels. K + 3 forwards, K input gradients and two weight
     gradients per batch. The paper gives no beta: 1 is for MNIST, 6 for CIFAR-10.
     """
 
@@ -33,11 +33,12 @@ class ERTrades(AscentSchedule, MatchedPrior):
         classifier = cast(Classifier, ctx.modules["classifier"])
         ascent = self.ascent(ctx.threat, ctx.fraction)
 
-        noise = torch.randn(x.shape, generator=ctx.rng).to(x.device)
-        with crafting(classifier), ctx.autocast():
+        start = ascent.start(x, ctx.rng, "gaussian")
+        with crafting(classifier, bn=self.bn_mode_attack), ctx.autocast():
+            require_batch(classifier, x)
             with torch.no_grad():
                 clean = classifier(x).float().log_softmax(1)
-            x_adv = ascent(lambda at: divergence(clean, classifier(at).float().log_softmax(1)), x, x + START * noise)
+            x_adv = ascent(lambda at: divergence(clean, classifier(at).float().log_softmax(1)), x, start)
 
         def entropy(codes: list[Tensor]) -> Tensor:
             logits, adversarial = (classifier.head(z).float() for z in codes)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casemate.defenses.base import Defense
-from casemate.defenses.crafting import AscentSchedule, crafting
+from casemate.defenses.crafting import AscentSchedule, CleanForward, CraftingMode, crafting
 from casemate.errors import UserError
 from casemate.fields import Count, Flag, Positive, Unit, spec
 from casemate.networks.base import Classifier
@@ -25,12 +25,12 @@ UNDERFLOW = 1e-6  # what the published code adds to a sum of exponentials before
 
 
 @spec
-class FeatureScattering(AscentSchedule, Defense):
+class FeatureScattering(AscentSchedule, CraftingMode, CleanForward, Defense):
     """Minimise soft CE(f(x_adv)), x_adv from K steps up the transport cost between codes of x and of x_adv.
 
-    The step starts at a uniform point of the ball, not cut to [0, 1], and every code is read in eval mode. K + 2
-    forward passes, K input gradients and one weight gradient per batch. Its robustness to weak attacks is partly
-    masking by the smoothed labels: the gap between PGD and AutoAttack is known to be large.
+    The step starts at a uniform point of the ball, not cut to [0, 1], and codes are read in the mode of crafting.
+    K + 2 forward passes, K input gradients and one weight gradient per batch. Its robustness to weak attacks is
+    partly masking by the smoothed labels: the gap between PGD and AutoAttack is known to be large.
     """
 
     batch_coupled: ClassVar[bool] = True
@@ -76,8 +76,8 @@ class FeatureScattering(AscentSchedule, Defense):
             ctx.log(transport=value)
             return value
 
-        start = ascent.threat.random_start(x, ctx.rng)
-        with crafting(classifier):
+        start = ascent.start(x, ctx.rng, "uniform")
+        with crafting(classifier, bn=self.bn_mode_attack):
             with torch.no_grad():
                 clean = codes(x)
             x_adv = ascent(cost, x, start)
@@ -89,6 +89,7 @@ class FeatureScattering(AscentSchedule, Defense):
             return F.cross_entropy(logits, y, label_smoothing=self.smoothing * classes / (classes - 1))
 
         yield Update(("classifier",), loss)
+        self.look_at_clean(ctx, x, y)
 
     def transport_cost(self, clean: Tensor, perturbed: Tensor) -> Tensor:
         """sum(T C), the cost of carrying `clean` codes (B x d) to `perturbed` ones by the plan T; a scalar."""

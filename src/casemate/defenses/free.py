@@ -37,7 +37,7 @@ class Free(OneStep, Defense):
     def updates_per_batch(self) -> int:
         return self.replays
 
-    def step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
+    def quick_step(self, ctx: Context, x: Tensor, y: Tensor) -> Iterator[Update]:
         classifier, threat = ctx.modules["classifier"], self.ramped(ctx)
         carried = ctx.state.setdefault("noise", torch.zeros_like(x))
         noise = carried[: len(x)].clone().requires_grad_()  # a last batch may be smaller

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from casemate.defenses.base import Defense
-from casemate.defenses.crafting import AscentSchedule, crafting
+from casemate.defenses.crafting import AscentSchedule, CraftingMode, JointNorm, crafting
 from casemate.fields import NonNegative, spec
 from casemate.objectives import cross_entropy
 from casemate.threat import untargeted
 from casemate.trainable import Context, Update
 
-START = 0.001  # standard deviation of the start
 ROOM, TINY = 1.0001, 1e-12  # keep the logarithm of 1 - p finite
 
 
 @spec
-class MART(AscentSchedule, Defense):
+class MART(AscentSchedule, CraftingMode, JointNorm, Defense):
     """Minimise BCE(f(x_adv), y) + beta mean[KL(p(x) || p(x_adv)) (1 - p_y(x))]: images that are wrong before any
-    attack weigh most. x_adv from K steps up the cross-entropy in eval mode.
+    attack weigh most. x_adv from K steps up the cross-entropy.
 
-    K + 2 forward passes (two of them over f(x) and f(x_adv), separately, in train mode), K input gradients and two
-    weight gradients per batch. The gradient flows through the weight and both arguments of the divergence.
+    K + 2 forward passes (the last two over f(x) and f(x_adv), in train mode), K input gradients and two weight
+    gradients per batch. The gradient flows through the weight and both arguments of the divergence.
     """
 
     beta: NonNegative = 5.0
@@ -35,12 +33,12 @@ class MART(AscentSchedule, Defense):
         classifier, goal = ctx.modules["classifier"], untargeted(y)
         ascent = self.ascent(ctx.threat, ctx.fraction)
 
-        noise = torch.randn(x.shape, generator=ctx.rng).to(x.device)
-        with crafting(classifier), ctx.autocast():
-            x_adv = ascent(lambda at: cross_entropy(classifier(at).float(), goal), x, x + START * noise)
+        start = ascent.start(x, ctx.rng, "gaussian")
+        with crafting(classifier, bn=self.bn_mode_attack), ctx.autocast():
+            x_adv = ascent(lambda at: cross_entropy(classifier(at).float(), goal), x, start)
 
         def loss() -> Tensor:
-            clean, adversarial = classifier(x).float().log_softmax(1), classifier(x_adv).float().log_softmax(1)
+            clean, adversarial = (z.log_softmax(1) for z in self.logits(classifier, x, x_adv))
             divergence = F.kl_div(adversarial, clean, reduction="none", log_target=True).sum(1)
             missed = 1 - clean.exp().gather(1, y[:, None])[:, 0]
             boosted, weighted = boosted_cross_entropy(adversarial, y).mean(), (divergence * missed).mean()

@@ -26,7 +26,7 @@ class RSE(Defense):
     """Minimise CE(f(x; noise), y), fresh noise for every image and layer. One forward and one backward pass.
 
     Inference is `RandomisedSystem`: the mean softmax of `ensemble` draws, judged by the majority of `votes` such
-    answers (1 is the paper's single answer), and attacked through the mean over `draws` of them.
+    answers (one is the paper's single answer), and attacked through the mean over `draws` of them.
     """
 
     inference_modes: ClassVar[tuple[str, ...]] = ("ensemble",)
@@ -41,7 +41,7 @@ class RSE(Defense):
     compare with)."""
     ensemble: Count = 10
     draws: Count = 20
-    votes: Count = 5
+    votes: Count = 1
 
     def modules(self, task: Task) -> dict[str, nn.Module]:
         classifier = cast(Classifier, task.network())

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casemate.defenses.base import Defense
-from casemate.defenses.crafting import AscentSchedule, crafting
+from casemate.defenses.crafting import AscentSchedule, CraftingMode, crafting
 from casemate.errors import UserError
 from casemate.fields import Count, Flag, NonNegative, Positive, Unit, spec
 from casemate.networks.base import Classifier
@@ -28,12 +28,12 @@ IMAGES, LABELS, FEATURES = "tla_images", "tla_labels", "tla_features"
 
 
 @spec
-class TLA(AscentSchedule, Defense):
+class TLA(AscentSchedule, CraftingMode, Defense):
     """Minimise CE(f(x')) + weight [T(x', x, n) + T(x', p, n)] + feature_matching |h(x) - h(x')|_2^2.
 
     T(a, p, n) = mean max(0, d(a, p) - d(a, n) + margin) + norm_weight mean(a^2 + p^2 + n^2), on penultimate features
-    h. x' is K steps of ascent on the cross-entropy in eval mode, and n is sought there; then x', x, p and n each have
-    a forward pass in train mode, with statistics of their own. K + 1 + dictionary + 4 forward passes, K input
+    h. x' is K steps of ascent on the cross-entropy, and n is sought in eval mode; then x', x, p and n each have a
+    forward pass in train mode, with statistics of their own. K + 1 + dictionary + 4 forward passes, K input
     gradients and four weight gradients per batch.
     """
 
@@ -76,11 +76,11 @@ class TLA(AscentSchedule, Defense):
         f = cast(Classifier, ctx.modules["classifier"])
         ascent = self.ascent(ctx.threat, ctx.fraction)
 
-        start = ascent.threat.random_start(x, ctx.rng).clamp(0, 1)
+        start = ascent.start(x, ctx.rng)
         clean = self.noised(x, ascent.threat, ctx.rng)
+        with crafting(f, bn=self.bn_mode_attack), ctx.autocast():
+            x_adv = ascent(lambda at: cross_entropy(f(at).float(), untargeted(y)), x, start)
         with crafting(f):
-            with ctx.autocast():
-                x_adv = ascent(lambda at: cross_entropy(f(at).float(), untargeted(y)), x, start)
             negative, found = self.negatives(ctx, f, clean if self.switch_anchor else x_adv, y)
         images = {"adversarial": x_adv, "negative": negative}
         if self.use_positive:

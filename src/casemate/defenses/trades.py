@@ -9,16 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from casemate.defenses.base import Defense
-from casemate.defenses.crafting import AscentSchedule, crafting
+from casemate.defenses.crafting import AscentSchedule, CraftingMode, JointNorm, crafting
 from casemate.fields import Flag, NonNegative, spec
 from casemate.trainable import Context, Update
 
-START = 0.001  # standard deviation of the start: KL(p || p) has no gradient at x itself
-
 
 @spec
-class TRADES(AscentSchedule, Defense):
-    """Minimise CE(f(x), y) + beta KL(p(x) || p(x_adv)), x_adv from K steps up the same divergence, in eval mode.
+class TRADES(AscentSchedule, CraftingMode, JointNorm, Defense):
+    """Minimise CE(f(x), y) + beta KL(p(x) || p(x_adv)), x_adv from K steps up the same divergence.
 
     Clean probabilities of the inner problem are computed once: K + 3 forward passes, K input gradients and two
     weight gradients per batch. The gradient of the outer loss flows through both arguments of the divergence.
@@ -32,18 +30,17 @@ class TRADES(AscentSchedule, Defense):
         classifier = ctx.modules["classifier"]
         ascent = self.ascent(ctx.threat, ctx.fraction)
 
-        noise = torch.randn(x.shape, generator=ctx.rng).to(x.device)
-        with crafting(classifier), ctx.autocast():
+        start = ascent.start(x, ctx.rng, "gaussian")
+        with crafting(classifier, bn=self.bn_mode_attack), ctx.autocast():
             with torch.no_grad():
                 clean = classifier(x).float().log_softmax(1)
-            x_adv = ascent(lambda at: divergence(clean, classifier(at).float().log_softmax(1)), x, x + START * noise)
+            x_adv = ascent(lambda at: divergence(clean, classifier(at).float().log_softmax(1)), x, start)
 
         def loss() -> Tensor:
-            logits = classifier(x).float()
-            adversarial = classifier(x_adv).float().log_softmax(1)
-            reference = classifier(x).float() if self.third_forward else logits
+            logits, adversarial, *third = self.logits(classifier, x, x_adv, *([x] if self.third_forward else []))
+            reference = third[0] if third else logits
             natural = F.cross_entropy(logits, y)
-            robust = divergence(reference.log_softmax(1), adversarial).mean()
+            robust = divergence(reference.log_softmax(1), adversarial.log_softmax(1)).mean()
             ctx.log(natural=natural, robust=robust)
             return natural + self.beta * robust
 
