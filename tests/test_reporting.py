@@ -166,6 +166,17 @@ def test_validation_images_choose_the_champion_and_test_images_rank(tmp_path: Pa
     assert champion(board(tmp_path, *found)).system == "trades"  # type: ignore[union-attr]
 
 
+def test_of_equals_on_validation_images_one_that_can_be_served_is_champion(tmp_path: Path) -> None:
+    found = rows()
+    for one in found:
+        for made in one["systems"]:
+            kept = 0.93 if made["name"] in ("at_pgd", "trades") else 0.5
+            made["selection"] = {"suite": "core", **rate(kept, 2_000)}
+    assert champion(board(tmp_path, *found)).system == "trades"  # type: ignore[union-attr]
+    dump(tmp_path / "release/at_pgd.json", release(0.92, passed=True))
+    assert champion(board(tmp_path, *found)).system == "at_pgd"  # type: ignore[union-attr]
+
+
 def test_a_file_that_fails_the_release_gate_is_no_champion(tmp_path: Path) -> None:
     found = rows()
     assert champion(board(tmp_path, *found)).system == "trades"  # type: ignore[union-attr]

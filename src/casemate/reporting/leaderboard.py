@@ -152,11 +152,11 @@ def build(inputs: ReportInputs) -> Leaderboard:
 
 
 def champion(leaderboard: Leaderboard) -> Entry | None:
-    """Of the eligible systems the one that keeps most on validation images; the ranking settles ties, and all of it
-    where one of them was not judged there (`chosen_apart`)."""
+    """Of the eligible systems the one that keeps most on validation images; of equals one that can be served, then
+    the first in the ranking. The ranking alone decides where one was not judged on those images (`chosen_apart`)."""
     found = eligible(leaderboard)
     if chosen_apart(leaderboard):
-        return max(found, key=lambda e: (e.selection or 0.0, -(e.rank or 0)))
+        return max(found, key=lambda e: (e.selection or 0.0, e.release == "passed", -(e.rank or 0)))
     return next(iter(found), None)
 
 
