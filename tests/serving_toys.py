@@ -83,7 +83,7 @@ class Server:
 
     def __init__(self, model: Path | str, *options: str, folder: Path, command: str = "serve") -> None:
         self.log = folder / "server.log"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", "from casemate.cli import main; main()", command, str(model), "--port", "0",
@@ -115,6 +115,10 @@ class Server:
         self.process.send_signal(signal.SIGINT)
         try:
             self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # where its threads are, in the log
+            self.process.wait()
+            raise AssertionError(f"the server did not end: {self.log.read_text()}") from None
         finally:
             self.process.kill()
             self.process.wait()
